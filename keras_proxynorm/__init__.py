@@ -1,0 +1,30 @@
+"""Proxy Normalization for Keras 3: layer norm and group norm that match batch norm without looking at the batch."""
+
+import os
+import warnings
+
+from keras_proxynorm.layers import GroupNormProxy
+from keras_proxynorm.layers import LayerNormProxy
+from keras_proxynorm.layers import ProxyActivation
+from keras_proxynorm.moments import activation_moments
+from keras_proxynorm.moments import register_activation
+from keras_proxynorm.training import exclude_norm_from_weight_decay
+
+__all__ = [
+    "GroupNormProxy",
+    "LayerNormProxy",
+    "ProxyActivation",
+    "activation_moments",
+    "exclude_norm_from_weight_decay",
+    "register_activation",
+]
+
+__version__ = "0.1.0"
+
+if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+    warnings.warn(
+        "TF_USE_LEGACY_KERAS is set, so `tf.keras` is Keras 2, and the layers of keras_proxynorm are Keras 3 layers: "
+        "they cannot be put into tf.keras models. Use `import keras` in place of `tf.keras`, or unset "
+        "TF_USE_LEGACY_KERAS.",
+        stacklevel=2,
+    )

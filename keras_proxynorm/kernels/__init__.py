@@ -1,0 +1,8 @@
+"""Pure tensor functions: group statistics, and the normalize and activate steps."""
+
+from keras_proxynorm.kernels.proxy_norm import normalize
+from keras_proxynorm.kernels.proxy_norm import proxy_moments
+from keras_proxynorm.kernels.proxy_norm import proxy_normalize
+from keras_proxynorm.kernels.statistics import group_moments
+
+__all__ = ["group_moments", "normalize", "proxy_moments", "proxy_normalize"]

@@ -1,0 +1,240 @@
+"""What the proxy-normalized layers share: their arguments, weights, config and error messages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import constraints
+from keras import initializers
+from keras import ops
+from keras import regularizers
+
+from keras_proxynorm import kernels
+from keras_proxynorm.moments import check_method
+from keras_proxynorm.moments import resolve_activation
+
+__all__ = ["ActivationLike", "ProxyNormalizationLayer"]
+
+ActivationLike = str | Callable | keras.layers.Layer | dict | None
+
+
+class ProxyNormalizationLayer(keras.layers.Layer):
+    """Affine, activation and proxy normalization, on an input that subclasses normalize first.
+
+    Not meant to be used directly; see `GroupNormProxy`, `LayerNormProxy` and `ProxyActivation`.
+    """
+
+    def __init__(
+        self,
+        axis: int,
+        center: bool,
+        scale: bool,
+        beta_initializer,
+        gamma_initializer,
+        beta_regularizer,
+        gamma_regularizer,
+        beta_constraint,
+        gamma_constraint,
+        activation: ActivationLike,
+        proxy_epsilon: float,
+        proxy_moments: str,
+        num_quantiles: int,
+        learn_proxy: bool,
+        proxy_initializer,
+        proxy_regularizer,
+        proxy_constraint,
+        **kwargs,
+    ):
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise ValueError(f"Argument `axis` must be an integer, the channel axis. Received: axis={axis!r}")
+        check_epsilon("proxy_epsilon", proxy_epsilon)
+        check_method(proxy_moments, num_quantiles, name="proxy_moments")
+        elementwise = resolve_activation(activation)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        # Statistics are float32 whatever the policy, so the input must not be cast to float16 on the way in.
+        self.autocast = False
+        self.axis = axis
+        self.center = center
+        self.scale = scale
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.activation = keras.activations.get(activation)
+        self.proxy_epsilon = proxy_epsilon
+        self.proxy_moments = proxy_moments
+        self.num_quantiles = num_quantiles
+        self.learn_proxy = learn_proxy
+        self.proxy_initializer = initializers.get(proxy_initializer)
+        self.proxy_regularizer = regularizers.get(proxy_regularizer)
+        self.proxy_constraint = constraints.get(proxy_constraint)
+        self._elementwise = elementwise
+        self.gamma = None
+        self.beta = None
+        self.proxy = None
+
+    @property
+    def proxy_mean(self):
+        """Mean of the Gaussian proxy of each channel, shape ``(channels,)``; None without a proxy or before build."""
+        return None if self.proxy is None else self.proxy[0]
+
+    @property
+    def proxy_stddev(self):
+        """Standard deviation of the proxy of each channel, shape ``(channels,)``; None like `proxy_mean`."""
+        return None if self.proxy is None else 1.0 + self.proxy[1]
+
+    def build(self, input_shape):
+        axis = self._channel_axis(input_shape)
+        channels = input_shape[axis]
+        if channels is None:
+            raise ValueError(
+                f"The channel axis of the inputs must have a known size, but axis={self.axis} of the shape "
+                f"{tuple(input_shape)} has none."
+            )
+        self._check_channels(input_shape, channels)
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
+        if self.scale:
+            self.gamma = self.add_weight(
+                shape=(channels,),
+                name="gamma",
+                initializer=self.gamma_initializer,
+                regularizer=self.gamma_regularizer,
+                constraint=self.gamma_constraint,
+                autocast=False,
+            )
+        if self.center:
+            self.beta = self.add_weight(
+                shape=(channels,),
+                name="beta",
+                initializer=self.beta_initializer,
+                regularizer=self.beta_regularizer,
+                constraint=self.beta_constraint,
+                autocast=False,
+            )
+        # Proxy normalization of a line would only cancel gamma.
+        if not self._elementwise.is_identity:
+            self.proxy = self.add_weight(
+                shape=(2, channels),
+                name="proxy",
+                initializer=self.proxy_initializer,
+                regularizer=self.proxy_regularizer,
+                constraint=self.proxy_constraint,
+                trainable=self.learn_proxy,
+                autocast=False,
+            )
+        super().build(input_shape)
+
+    def call(self, inputs, mask=None):
+        self._check_dtype(inputs)
+        # float32 at least; float64 under a float64 policy or for float64 inputs.
+        dtype = keras.backend.result_type(inputs.dtype, self.variable_dtype, "float32")
+        gamma, beta, proxy = (
+            None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta, self.proxy)
+        )
+        shape = [1] * len(inputs.shape)
+        shape[self._channel_axis(inputs.shape)] = -1
+
+        def broadcast(vector):
+            return None if vector is None else ops.reshape(vector, shape)
+
+        outputs = self._normalize(ops.cast(inputs, dtype), mask, broadcast(gamma), broadcast(beta))
+        if proxy is not None:
+            mean, variance = kernels.proxy_moments(
+                self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles
+            )
+            outputs = kernels.proxy_normalize(
+                outputs, self._elementwise, broadcast(mean), broadcast(variance), self.proxy_epsilon
+            )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _normalize(self, x, mask, gamma, beta):
+        """The input after the normalization and the affine; `gamma` and `beta` broadcast against `x` or are None."""
+        raise NotImplementedError
+
+    def _check_channels(self, input_shape, channels):
+        """Raises a ValueError if the layer cannot have this many channels."""
+
+    def _channel_axis(self, input_shape):
+        rank = len(input_shape)
+        if rank < 2:
+            raise ValueError(
+                "The inputs must have a batch axis and a channel axis, that is rank 2 or more. "
+                f"Received: inputs.shape={tuple(input_shape)}"
+            )
+        if not -rank < self.axis < rank or self.axis == 0:
+            raise ValueError(
+                f"Argument `axis` must be the index of the channel axis, from 1 to {rank - 1} or from {1 - rank} to -1 "
+                f"for inputs of rank {rank}; axis 0 is the batch. "
+                f"Received: axis={self.axis}, inputs.shape={tuple(input_shape)}"
+            )
+        return self.axis % rank
+
+    def _check_dtype(self, inputs):
+        if not keras.backend.is_float_dtype(inputs.dtype):
+            raise ValueError(
+                f"The inputs of {type(self).__name__} must have a float dtype; cast or rescale integers first. "
+                f"Received: inputs.dtype={keras.backend.standardize_dtype(inputs.dtype)}"
+            )
+
+    def compute_output_shape(self, input_shape):
+        self._channel_axis(input_shape)
+        return input_shape
+
+    def compute_output_spec(self, inputs, mask=None):
+        self._check_dtype(inputs)
+        return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
+
+    def save_own_variables(self, store):
+        for variable in self._own_variables():
+            store[variable.name] = variable
+
+    def load_own_variables(self, store):
+        # By name: a BatchNormalization stores "0", "1", ..., and without a scale and an offset it has two vectors,
+        # as many as a plain norm here. By position its moving statistics would become gamma and beta.
+        variables = self._own_variables()
+        expected, received = {variable.name for variable in variables}, set(store.keys())
+        if expected != received:
+            raise ValueError(
+                f"Layer '{self.name}' ({type(self).__name__}) expected the variables {sorted(expected)} but the file "
+                f"has {sorted(received)}. Weights of another normalization layer cannot be loaded into it; carry them "
+                "over with `set_weights` if they mean the same."
+            )
+        for variable in variables:
+            variable.assign(store[variable.name])
+
+    def _own_variables(self):
+        return [weight for weight in (self.gamma, self.beta, self.proxy) if weight is not None]
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            {
+                "axis": self.axis,
+                "center": self.center,
+                "scale": self.scale,
+                "beta_initializer": initializers.serialize(self.beta_initializer),
+                "gamma_initializer": initializers.serialize(self.gamma_initializer),
+                "beta_regularizer": regularizers.serialize(self.beta_regularizer),
+                "gamma_regularizer": regularizers.serialize(self.gamma_regularizer),
+                "beta_constraint": constraints.serialize(self.beta_constraint),
+                "gamma_constraint": constraints.serialize(self.gamma_constraint),
+                "activation": keras.activations.serialize(self.activation),
+                "proxy_epsilon": self.proxy_epsilon,
+                "proxy_moments": self.proxy_moments,
+                "num_quantiles": self.num_quantiles,
+                "learn_proxy": self.learn_proxy,
+                "proxy_initializer": initializers.serialize(self.proxy_initializer),
+                "proxy_regularizer": regularizers.serialize(self.proxy_regularizer),
+                "proxy_constraint": constraints.serialize(self.proxy_constraint),
+            }
+        )
+        return config
+
+
+def check_epsilon(name: str, value: float) -> None:
+    """Raises a ValueError unless `value` is a number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"Argument `{name}` must be a number that is not negative. Received: {name}={value!r}")

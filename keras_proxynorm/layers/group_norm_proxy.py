@@ -1,0 +1,175 @@
+"""Group normalization, activation and proxy normalization as one layer."""
+
+import warnings
+
+import keras
+
+from keras_proxynorm import kernels
+from keras_proxynorm.layers.base import ActivationLike
+from keras_proxynorm.layers.base import ProxyNormalizationLayer
+from keras_proxynorm.layers.base import check_epsilon
+
+__all__ = ["GroupNormProxy"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class GroupNormProxy(ProxyNormalizationLayer):
+    """Group normalization, affine, activation and Proxy Normalization: a batch-independent BatchNormalization + ReLU.
+
+    Each sample is normalized by the mean and variance of its groups of channels, as in
+    `keras.layers.GroupNormalization`. Scale, offset and activation follow, and then the output of each channel ``c`` is
+    normalized by the mean and variance that the activation would have if its input were a Gaussian proxy:
+
+        z = (phi(gamma_c y + beta_c) - mu_c) / sqrt(var_c + proxy_epsilon)
+        mu_c, var_c = mean and variance of phi(gamma_c Y_c + beta_c),  Y_c ~ N(proxy_mean_c, proxy_stddev_c^2)
+
+    The proxy starts as ``N(0, 1)`` and is learned. ``mu`` and ``var`` depend on the layer's weights alone, so the
+    output of a sample does not depend on the rest of the batch, there are no running statistics, and training and
+    inference compute the same function.
+
+    The layer contains the activation: it replaces a normalization layer together with the activation after it. Where no
+    activation follows, use ``activation=None``, which is group normalization with its affine and has no proxy.
+
+    Args:
+        groups: Integer, the number of groups of channels; it must divide the number of channels. -1 means one group
+            for each channel (instance normalization). Defaults to 32.
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        epsilon: Float, added to the variance of the input. Defaults to 1e-3.
+        center: If True, add the offset `beta` before the activation. Defaults to True.
+        scale: If True, multiply by `gamma` before the activation. Defaults to True.
+        beta_initializer: Initializer of `beta`. Defaults to zeros.
+        gamma_initializer: Initializer of `gamma`. Defaults to ones.
+        beta_regularizer: Optional regularizer of `beta`.
+        gamma_regularizer: Optional regularizer of `gamma`.
+        beta_constraint: Optional constraint of `beta`.
+        gamma_constraint: Optional constraint of `gamma`.
+        activation: The name of an activation, an elementwise callable of one tensor, a parameter-free Keras activation
+            layer, or None. Defaults to ``"relu"``.
+        proxy_epsilon: Float, added to the variance of the activation. It keeps channels that are almost always off from
+            being blown up. Defaults to 0.03, the paper's value; it is not the same thing as `epsilon`.
+        proxy_moments: ``"exact"``, or ``"quantiles"`` for the biased estimate of the authors' code; see
+            `keras_proxynorm.activation_moments`. Defaults to ``"exact"``.
+        num_quantiles: Number of points for ``"quantiles"``. Defaults to 256.
+        learn_proxy: If False, the proxy keeps its initial value. Defaults to True.
+        proxy_initializer: Initializer of `proxy`, the weight of shape ``(2, channels)`` that holds the proxy's mean and
+            its standard deviation minus 1. Defaults to zeros.
+        proxy_regularizer: Optional regularizer of `proxy`. The paper decays the proxies with the strength that it uses
+            for the kernels; `keras_proxynorm.exclude_norm_from_weight_decay` sets that up in the optimizer.
+        proxy_constraint: Optional constraint of `proxy`.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        proxy: Weight of shape ``(2, channels)``, or None where the activation is the identity.
+        proxy_mean: Tensor of shape ``(channels,)``.
+        proxy_stddev: Tensor of shape ``(channels,)``.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
+            Integers are refused.
+        mask: Optional boolean tensor of the shape of the inputs or of their leading axes, such as
+            ``(batch, steps)``. Masked positions do not enter the statistics.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics, affine, activation and moments are
+        computed in float32 (in float64 for float64), also under ``mixed_float16`` and ``mixed_bfloat16``.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for groups that do not divide the channels and an axis
+            that is out of range when it is built; for integer inputs when it is called.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> model = keras.Sequential([
+    ...     keras.Input((32, 32, 3)),
+    ...     keras.layers.Conv2D(64, 3, use_bias=False),
+    ...     keras_proxynorm.GroupNormProxy(groups=16),
+    ... ])
+    >>> model.output_shape
+    (None, 30, 30, 64)
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    - [Wu and He, 2018](https://arxiv.org/abs/1803.08494)
+    """
+
+    def __init__(
+        self,
+        groups: int = 32,
+        axis: int = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        *,
+        activation: ActivationLike = "relu",
+        proxy_epsilon: float = 0.03,
+        proxy_moments: str = "exact",
+        num_quantiles: int = 256,
+        learn_proxy: bool = True,
+        proxy_initializer="zeros",
+        proxy_regularizer=None,
+        proxy_constraint=None,
+        **kwargs,
+    ):
+        if isinstance(groups, bool) or not isinstance(groups, int) or (groups < 1 and groups != -1):
+            raise ValueError(
+                "Argument `groups` must be a positive integer, or -1 for one group for each channel. "
+                f"Received: groups={groups!r}"
+            )
+        check_epsilon("epsilon", epsilon)
+        super().__init__(
+            axis=axis,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            activation=activation,
+            proxy_epsilon=proxy_epsilon,
+            proxy_moments=proxy_moments,
+            num_quantiles=num_quantiles,
+            learn_proxy=learn_proxy,
+            proxy_initializer=proxy_initializer,
+            proxy_regularizer=proxy_regularizer,
+            proxy_constraint=proxy_constraint,
+            **kwargs,
+        )
+        self.groups = groups
+        self.epsilon = epsilon
+
+    def _check_channels(self, input_shape, channels):
+        groups = channels if self.groups == -1 else self.groups
+        if channels % groups:
+            divisors = [n for n in range(1, channels + 1) if channels % n == 0]
+            raise ValueError(
+                f"Argument `groups` must divide the number of channels, {channels}: one of {divisors}, or -1. "
+                f"Received: groups={self.groups}, inputs.shape={tuple(input_shape)}"
+            )
+        if len(input_shape) == 2 and groups == channels:
+            warnings.warn(
+                f"{type(self).__name__} '{self.name}' has one group for each channel and inputs without positions "
+                f"(shape {tuple(input_shape)}): each value is its own mean, so every normalized value is 0. "
+                "Use fewer groups.",
+                stacklevel=2,
+            )
+
+    def _normalize(self, x, mask, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        groups = x.shape[axis] if self.groups == -1 else self.groups
+        mean, variance = kernels.group_moments(x, groups, axis, mask)
+        return kernels.normalize(x, mean, variance, gamma, beta, self.epsilon)
+
+    def get_config(self):
+        return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

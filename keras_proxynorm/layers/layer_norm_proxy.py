@@ -1,0 +1,114 @@
+"""Layer normalization over all features of a sample, activation and proxy normalization as one layer."""
+
+import keras
+
+from keras_proxynorm.layers.base import ActivationLike
+from keras_proxynorm.layers.group_norm_proxy import GroupNormProxy
+
+__all__ = ["LayerNormProxy"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class LayerNormProxy(GroupNormProxy):
+    """Layer normalization, affine, activation and Proxy Normalization: `GroupNormProxy` with one group.
+
+    Each sample is normalized by one mean and one variance over all its features, ``(height, width, channels)`` for an
+    image, as in the paper. Affine, activation and proxy normalization follow for each channel; see `GroupNormProxy`.
+
+    This is not `keras.layers.LayerNormalization`, which by default normalizes each position by itself over the
+    channels. Here all positions of a sample share their statistics: right for images, wrong for causal sequence
+    models, where a position must not see the ones after it.
+
+    Args:
+        axis: Integer, the channel axis, not 0: where `gamma`, `beta` and the proxies live. The statistics are over all
+            axes but the batch. Defaults to -1.
+        epsilon: Float, added to the variance of the input. Defaults to 1e-3.
+        center: If True, add the offset `beta` before the activation. Defaults to True.
+        scale: If True, multiply by `gamma` before the activation. Defaults to True.
+        beta_initializer: Initializer of `beta`. Defaults to zeros.
+        gamma_initializer: Initializer of `gamma`. Defaults to ones.
+        beta_regularizer: Optional regularizer of `beta`.
+        gamma_regularizer: Optional regularizer of `gamma`.
+        beta_constraint: Optional constraint of `beta`.
+        gamma_constraint: Optional constraint of `gamma`.
+        activation: As in `GroupNormProxy`. Defaults to ``"relu"``.
+        proxy_epsilon: As in `GroupNormProxy`. Defaults to 0.03.
+        proxy_moments: As in `GroupNormProxy`. Defaults to ``"exact"``.
+        num_quantiles: As in `GroupNormProxy`. Defaults to 256.
+        learn_proxy: As in `GroupNormProxy`. Defaults to True.
+        proxy_initializer: As in `GroupNormProxy`. Defaults to zeros.
+        proxy_regularizer: As in `GroupNormProxy`.
+        proxy_constraint: As in `GroupNormProxy`.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes, call arguments, output and errors are those of `GroupNormProxy`.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(16, 3, use_bias=False)])
+    >>> model.add(keras_proxynorm.LayerNormProxy())
+    >>> [weight.name for weight in model.layers[-1].weights]
+    ['gamma', 'beta', 'proxy']
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    - [Ba et al., 2016](https://arxiv.org/abs/1607.06450)
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        *,
+        activation: ActivationLike = "relu",
+        proxy_epsilon: float = 0.03,
+        proxy_moments: str = "exact",
+        num_quantiles: int = 256,
+        learn_proxy: bool = True,
+        proxy_initializer="zeros",
+        proxy_regularizer=None,
+        proxy_constraint=None,
+        **kwargs,
+    ):
+        if "groups" in kwargs:
+            raise ValueError(
+                "LayerNormProxy has no argument `groups`: it has one group. Use GroupNormProxy for more. "
+                f"Received: groups={kwargs['groups']!r}"
+            )
+        super().__init__(
+            groups=1,
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            activation=activation,
+            proxy_epsilon=proxy_epsilon,
+            proxy_moments=proxy_moments,
+            num_quantiles=num_quantiles,
+            learn_proxy=learn_proxy,
+            proxy_initializer=proxy_initializer,
+            proxy_regularizer=proxy_regularizer,
+            proxy_constraint=proxy_constraint,
+            **kwargs,
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        del config["groups"]
+        return config

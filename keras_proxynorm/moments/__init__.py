@@ -1,0 +1,76 @@
+"""Mean and variance of an activation of a Gaussian: closed forms, quadrature, the registry of activations."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.moments.activations import METHODS
+from keras_proxynorm.moments.activations import ElementwiseActivation
+from keras_proxynorm.moments.activations import register_activation
+from keras_proxynorm.moments.activations import resolve_activation
+
+__all__ = ["ElementwiseActivation", "METHODS", "activation_moments", "register_activation", "resolve_activation"]
+
+
+def activation_moments(activation, mean, stddev, method: str = "exact", num_quantiles: int = 256):
+    """Mean and variance of an activation of a Gaussian, ``phi(U)`` with ``U ~ N(mean, stddev ** 2)``.
+
+    This is what Proxy Normalization subtracts and divides by. ``"exact"`` uses a closed form for relu, leaky relu,
+    the exponential and the identity, and quadrature otherwise. In float32 its error is below 2e-6 for ``|mean| <= 8``
+    and ``stddev <= 5``, in units of ``sqrt(variance + 0.03)`` (and of the mean, where that is larger than 1). It is
+    differentiable in `mean` and `stddev`, twice as well, and works inside compiled functions.
+
+    For smooth activations the rule has 129 nodes over 6.5 standard deviations: beyond ``stddev = 5`` they become too
+    few for tanh-like steps (6e-5 at 10). For activations that grow faster than a polynomial, other than
+    `keras.activations.exponential` itself, what lies beyond 6.5 standard deviations is missing.
+
+    Args:
+        activation: The name of an activation, a callable of one tensor that acts on each element alone, or a
+            parameter-free Keras activation layer such as ``keras.layers.ReLU(max_value=6)``. A callable with kinks or
+            jumps should be made known with `register_activation`.
+        mean: Float array or tensor of any shape.
+        stddev: Float array or tensor that broadcasts against `mean`, not negative. At 0 the result is
+            ``phi(mean), 0``.
+        method: ``"exact"``, or ``"quantiles"`` for the biased rule of the paper's authors: the plain average over
+            midpoint quantiles of the Gaussian.
+        num_quantiles: Number of points of ``"quantiles"``: 256 in the paper, 200 in the authors' code.
+
+    Returns:
+        ``(mean, variance)``: two tensors, float64 if an argument is, float32 otherwise.
+
+    Raises:
+        ValueError: If an argument is not of the form above.
+
+    Example:
+
+    >>> mean, variance = keras_proxynorm.activation_moments("relu", 0.0, 1.0)
+    >>> print(f"{float(mean):.6f} {float(variance):.6f}")
+    0.398942 0.340845
+    >>> mean, variance = keras_proxynorm.activation_moments("relu", 0.0, 1.0, method="quantiles")
+    >>> print(f"{float(mean):.6f} {float(variance):.6f}")
+    0.398565 0.338637
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    """
+    check_method(method, num_quantiles)
+    if not keras.backend.is_keras_tensor(stddev) and isinstance(stddev, (float, int, np.ndarray, list, tuple)):
+        if np.any(np.asarray(stddev) < 0):
+            raise ValueError(f"Argument `stddev` must not be negative. Received: stddev={stddev}")
+    mean, stddev = ops.convert_to_tensor(mean), ops.convert_to_tensor(stddev)
+    dtype = keras.backend.result_type(mean.dtype, stddev.dtype, "float32")
+    mean, stddev = ops.cast(mean, dtype), ops.cast(stddev, dtype)
+    return resolve_activation(activation).moments(
+        mean + ops.zeros_like(stddev), stddev + ops.zeros_like(mean), method, num_quantiles
+    )
+
+
+def check_method(method, num_quantiles, name="method"):
+    """Raises a ValueError unless these name a rule for the moments."""
+    if method not in METHODS:
+        raise ValueError(f"Argument `{name}` must be one of {METHODS}. Received: {name}={method!r}")
+    if isinstance(num_quantiles, bool) or not isinstance(num_quantiles, int) or num_quantiles < 1:
+        raise ValueError(
+            f"Argument `num_quantiles` must be a positive integer. Received: num_quantiles={num_quantiles!r}"
+        )

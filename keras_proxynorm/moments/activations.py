@@ -1,0 +1,289 @@
+"""What is known about each activation: where its kinks are, whether it has a closed form, whether it is elementwise."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+from keras import activations
+from keras import ops
+
+from keras_proxynorm.moments.closed_forms import exponential_moments
+from keras_proxynorm.moments.closed_forms import rectifier_moments
+from keras_proxynorm.moments.quadrature import piecewise_smooth_moments
+from keras_proxynorm.moments.quadrature import quantile_moments
+from keras_proxynorm.moments.quadrature import smooth_moments
+
+__all__ = ["METHODS", "ElementwiseActivation", "register_activation", "resolve_activation"]
+
+METHODS = ("exact", "quantiles")
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementwiseActivation:
+    """An elementwise function of one tensor with its shape.
+
+    Attributes:
+        function: Maps a tensor to a tensor of the same shape.
+        kinks: Where the function has a kink or a jump; between them it is smooth.
+        slopes: The slopes of a line (one) or of two half-lines that meet at the one kink (two); else None.
+        exponential: Whether it is the exponential function.
+    """
+
+    function: Callable
+    kinks: tuple[float, ...] = ()
+    slopes: tuple[float, ...] | None = None
+    exponential: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        return self.slopes == (1.0,)
+
+    def moments(self, mean, stddev, method: str = "exact", num_quantiles: int = 256):
+        """Mean and variance of the activation of ``N(mean, stddev ** 2)``; two float tensors of one shape and dtype."""
+        if method == "quantiles":
+            return quantile_moments(self.function, mean, stddev, num_quantiles)
+        if self.is_identity:
+            return mean, ops.square(stddev)
+        if self.exponential:
+            return exponential_moments(mean, stddev)
+        if self.slopes is not None:
+            (kink,) = self.kinks
+            return rectifier_moments(kink, self.slopes, 0.0, mean, stddev)
+        if self.kinks:
+            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
+        return smooth_moments(self.function, mean, stddev)
+
+
+def _relu_shape(negative_slope=0.0, max_value=None, threshold=0.0):
+    if max_value is None and threshold == 0:
+        return {"kinks": (0.0,), "slopes": (float(negative_slope), 1.0)}
+    return {"kinks": tuple(sorted({float(threshold), float(threshold if max_value is None else max_value)}))}
+
+
+def _leaky_relu_shape(negative_slope=0.2):
+    return {"kinks": (0.0,), "slopes": (float(negative_slope), 1.0)}
+
+
+def _shrink_shape(threshold=0.5):
+    return {"kinks": (-float(threshold), float(threshold))}
+
+
+def _threshold_shape(threshold, default_value):
+    return {"kinks": (float(threshold),)}
+
+
+def _kinks_at(*kinks):
+    return lambda **_: {"kinks": kinks}
+
+
+# For each elementwise function of keras.activations, its shape as a function of its keyword arguments.
+_SHAPES: dict[Callable, Callable[..., dict]] = {
+    activations.linear: lambda: {"slopes": (1.0,)},
+    activations.exponential: lambda: {"exponential": True},
+    activations.relu: _relu_shape,
+    activations.leaky_relu: _leaky_relu_shape,
+    activations.relu6: _kinks_at(0.0, 6.0),
+    activations.elu: _kinks_at(0.0),
+    activations.selu: _kinks_at(0.0),
+    activations.celu: _kinks_at(0.0),
+    activations.softsign: _kinks_at(0.0),
+    activations.soft_shrink: _shrink_shape,
+    activations.hard_shrink: _shrink_shape,
+    activations.threshold: _threshold_shape,
+    activations.hard_tanh: _kinks_at(-1.0, 1.0),
+    activations.hard_sigmoid: _kinks_at(-3.0, 3.0),
+    activations.hard_silu: _kinks_at(-3.0, 3.0),
+    activations.sparse_plus: _kinks_at(-1.0, 1.0),
+    activations.sparse_sigmoid: _kinks_at(-1.0, 1.0),
+    **dict.fromkeys(
+        (
+            activations.gelu,
+            activations.log_sigmoid,
+            activations.mish,
+            activations.sigmoid,
+            activations.silu,
+            activations.softplus,
+            activations.squareplus,
+            activations.tanh,
+            activations.tanh_shrink,
+        ),
+        _kinks_at(),
+    ),
+}
+
+_NOT_ELEMENTWISE = (activations.glu, activations.log_softmax, activations.softmax, activations.sparsemax)
+
+# Filled by register_activation: functions, or classes of activation layers, and their kinks.
+_REGISTERED: dict[Callable, tuple[float, ...]] = {}
+
+
+def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
+    """Tells the quadrature where a custom activation has kinks or jumps.
+
+    Between its kinks an activation is taken to be smooth, and is integrated piece by piece. Activations that are
+    smooth everywhere need no registration; registering one without kinks vouches for it. The functions of
+    `keras.activations` and Keras's activation layers are known already.
+
+    Args:
+        fn: An elementwise function of one tensor, or a class of parameter-free activation layers.
+        kinks: Floats, in the units of the activation's input: every point where the function or one of its first few
+            derivatives jumps.
+
+    Returns:
+        `fn`, unchanged.
+
+    Raises:
+        ValueError: If `fn` is not callable, or if `kinks` are not finite numbers.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> @keras.saving.register_keras_serializable("my_package")
+    ... def double_relu(x):
+    ...     return keras.ops.relu(x - 1) - keras.ops.relu(-x - 1)
+    >>> _ = keras_proxynorm.register_activation(double_relu, kinks=(-1, 1))
+    >>> mean, variance = keras_proxynorm.activation_moments(double_relu, 0.0, 1.0)
+    >>> print(f"{float(variance):.5f}")
+    0.15068
+    """
+    if not callable(fn):
+        raise ValueError(f"Argument `fn` must be a callable of one tensor. Received: fn={fn!r}")
+    try:
+        points = tuple(sorted({float(kink) for kink in kinks}))
+    except (TypeError, ValueError):
+        points = (float("nan"),)
+    if not np.all(np.isfinite(points)):
+        raise ValueError(f"Argument `kinks` must be an iterable of finite numbers. Received: kinks={kinks!r}")
+    _REGISTERED[fn] = points
+    return fn
+
+
+def resolve_activation(activation) -> ElementwiseActivation:
+    """Finds the function and the shape of anything that Keras takes as an activation.
+
+    Args:
+        activation: None, a name, a config, a callable, or a parameter-free Keras activation layer.
+
+    Returns:
+        An `ElementwiseActivation`.
+
+    Raises:
+        ValueError: If it is unknown, has weights, or does not act on each element alone.
+    """
+    try:
+        function = activations.get(activation)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(sorted(function.__name__ for function in _SHAPES))
+        raise ValueError(
+            f"Argument `activation` must be the name of an activation ({names}), a callable or a parameter-free Keras "
+            f"activation layer. Received: activation={activation!r}"
+        ) from error
+    function, arguments = _unwrap(function)
+    if function in _NOT_ELEMENTWISE or isinstance(function, keras.layers.Softmax):
+        raise _not_elementwise(activation)
+    if isinstance(function, keras.layers.Layer):
+        if isinstance(function, keras.layers.PReLU) or function.weights:
+            raise ValueError(
+                "Argument `activation` must have no weights: proxy normalization needs one function for all elements. "
+                f"Received: activation={activation!r}"
+            )
+        # Not __call__, which would cast to the activation layer's own compute dtype.
+        call = function.call
+        if type(function) in _REGISTERED:
+            return ElementwiseActivation(call, _REGISTERED[type(function)])
+        return _examine(call, activation)
+    if function in _REGISTERED:
+        return ElementwiseActivation(function, _REGISTERED[function])
+    if function in _SHAPES:
+        call = functools.partial(function, **arguments) if arguments else function
+        try:
+            return ElementwiseActivation(call, **_SHAPES[function](**arguments))
+        except TypeError as error:
+            raise ValueError(
+                f"Argument `activation` must be callable with one tensor; {function.__name__} needs more arguments. "
+                f"Wrap it in a function of one tensor. Received: activation={activation!r}"
+            ) from error
+    return _examine(functools.partial(function, **arguments) if arguments else function, activation)
+
+
+def _unwrap(function):
+    """A function of keras.activations and its keyword arguments, for the layers and partials that stand for one."""
+    if isinstance(function, keras.layers.Activation):
+        return _unwrap(function.activation)
+    if isinstance(function, functools.partial) and not function.args:
+        return function.func, function.keywords
+    if type(function) is keras.layers.ReLU:
+        config = {key: getattr(function, key) for key in ("negative_slope", "max_value", "threshold")}
+        return activations.relu, config
+    if type(function) is keras.layers.LeakyReLU:
+        return activations.leaky_relu, {"negative_slope": function.negative_slope}
+    if type(function) is keras.layers.ELU:
+        return activations.elu, {"alpha": function.alpha}
+    return function, {}
+
+
+# Dense around 0 and reaching far out, so that relu is not taken for relu(max_value=20).
+_PROBE = np.concatenate([np.linspace(-8.03, 7.97, 81), np.geomspace(9, 9e3, 20), -np.geomspace(9, 9e3, 20)])
+_PROBE = _PROBE[:120].reshape(10, 12).astype("float32")
+
+
+def _examine(function, activation):
+    """Checks by evaluation that an unregistered function is elementwise, and whether it needs kinks."""
+    column, part = _PROBE.reshape(-1, 1), _PROBE[3:7, 2:9]
+    try:
+        values = [function(ops.convert_to_tensor(x)) for x in (_PROBE, column, part)]
+        shapes = [tuple(x.shape) for x in values]
+    except Exception as error:
+        raise ValueError(
+            "Argument `activation` must be callable with one float tensor of any shape. "
+            f"Received: activation={activation!r}, which fails with {type(error).__name__}: {error}"
+        ) from error
+    try:
+        values = [ops.convert_to_numpy(x) for x in values]
+    except Exception:
+        # Built inside a traced function: nothing has a value to look at.
+        return ElementwiseActivation(function)
+    whole = values[0]
+    if (
+        shapes != [_PROBE.shape, column.shape, part.shape]
+        or not _same(whole.reshape(-1, 1), values[1])
+        or not _same(whole[3:7, 2:9], values[2])
+    ):
+        raise _not_elementwise(activation)
+    for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
+        if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
+            return ElementwiseActivation(function, **shape_of())
+    error = _smooth_error(function)
+    if error > 3e-5:
+        warnings.warn(
+            f"The activation {activation!r} seems to have a kink or a jump: its proxy moments would be off by about "
+            f"{error:.0e}. Say where with keras_proxynorm.register_activation(fn, kinks=(...)).",
+            stacklevel=2,
+        )
+    return ElementwiseActivation(function)
+
+
+def _not_elementwise(activation):
+    return ValueError(
+        "Argument `activation` must act on each element alone; softmax, log_softmax, glu, sparsemax and the like have "
+        f"no proxy normalization. Received: activation={activation!r}"
+    )
+
+
+def _same(a, b):
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _smooth_error(function):
+    """How far the rule for smooth functions is from one with ten times as many nodes, in units of the output."""
+    mean = ops.convert_to_tensor(np.linspace(-4.1, 3.9, 33, dtype="float32"))
+    stddev = ops.ones_like(mean)
+    coarse_mean, coarse_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev))
+    fine_mean, fine_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev, nodes=1291))
+    scale = np.sqrt(fine_variance + 0.03)
+    error = np.maximum(np.abs(coarse_mean - fine_mean), np.abs(np.sqrt(coarse_variance + 0.03) - scale)) / scale
+    return float(np.max(error, initial=0.0, where=np.isfinite(error)))

@@ -1,0 +1,53 @@
+"""Closed-form moments of an activation of a Gaussian: two half-lines (relu and its relatives), and the exponential."""
+
+import math
+
+from keras import ops
+
+from keras_proxynorm.moments.quadrature import TINY
+
+__all__ = ["exponential_moments", "rectifier_moments"]
+
+# Standard deviations beyond which the float32 normal density is zero. Clipping there keeps every product finite.
+_CLIP = 13.0
+
+
+def rectifier_moments(kink: float, slopes: tuple[float, float], value: float, mean, stddev):
+    """Mean and variance of ``phi(U)``, ``U ~ N(mean, stddev ** 2)``, for two half-lines that meet at `kink`.
+
+    ``phi`` is a line plus a rectifier, ``phi(u) = value + left (u - a) + (right - left) relu(u - a)``. With
+    ``t = (mean - a) / stddev``, ``Phi`` and ``p`` the normal distribution function and density, and
+    ``g(t) = t Phi(t) + p(t)``,
+
+    - ``E[relu(U - a)] = stddev g(t)``,
+    - ``Var[relu(U - a)] = stddev^2 (Phi(t) - g(t) g(-t))``,
+    - ``Cov[U, relu(U - a)] = stddev^2 Phi(t)``.
+
+    Args:
+        kink: The point ``a`` where the slope changes.
+        slopes: The slopes left and right of it.
+        value: ``phi(kink)``.
+        mean: Float tensor.
+        stddev: Float tensor of the same shape, not negative. At 0 the mean is ``phi(mean)`` and the variance is 0.
+
+    Returns:
+        ``(mean, variance)`` of ``phi(U)``, tensors of the shape and dtype of `mean`.
+    """
+    left, change = slopes[0], slopes[1] - slopes[0]
+    distance = mean - kink
+    t = ops.clip(distance / ops.maximum(stddev, TINY), -_CLIP, _CLIP)
+    # By erfc: (1 + erf) / 2 cancels in the left tail, and XLA's float32 erf makes that visible.
+    cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
+    pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)
+    # Not stddev * g(t): where t is clipped this is still exactly relu(mean - kink), with the right gradient.
+    output_mean = value + left * distance + change * (distance * cdf + stddev * pdf)
+    g = t * cdf + pdf
+    unit_variance = left * left + 2.0 * left * change * cdf + change * change * (cdf - g * (g - t))
+    return output_mean, ops.square(stddev) * ops.maximum(unit_variance, 0.0)
+
+
+def exponential_moments(mean, stddev):
+    """Mean and variance of ``exp(U)``, ``U ~ N(mean, stddev ** 2)``: the log-normal distribution."""
+    variance = ops.square(stddev)
+    output_mean = ops.exp(mean + 0.5 * variance)
+    return output_mean, ops.square(output_mean) * ops.expm1(variance)

@@ -1,0 +1,100 @@
+"""Numerical integration of an activation against a normal density: smooth, with kinks, and the authors' quantiles."""
+
+import functools
+import statistics
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import numpy as np
+from keras import ops
+
+__all__ = ["piecewise_smooth_moments", "quantile_moments", "smooth_moments"]
+
+# The mass of a standard normal beyond 6.5 is 8e-11: below float32 rounding for activations that grow like a line.
+_HALF_WIDTH = 6.5
+_SMOOTH_NODES = 129
+_NODES_PER_PIECE = 48
+# Smallest standard deviation that is divided by: its square is a normal float32 number, so gradients stay finite.
+TINY = 1e-12
+
+
+def smooth_moments(function: Callable, mean, stddev, nodes: int = _SMOOTH_NODES):
+    """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for an analytic ``function``.
+
+    The trapezoid rule on `nodes` (129) equally spaced points over 6.5 standard deviations to each side. For analytic integrands
+    that vanish at both ends it converges exponentially. The nearest singularity of `function` in the complex plane
+    sets the rate: at distance ``d`` from the real line the error is about ``exp(-62 d / stddev)``. For tanh
+    (``d = pi / 2``) that is 3e-9 at ``stddev = 5``, 6e-5 at 10 and 8e-3 at 20; silu, gelu, mish and softplus do
+    better.
+    """
+    return _weighted_moments(function, mean, stddev, *_columns(_trapezoid(nodes), mean))
+
+
+def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, stddev):
+    """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for a `function` smooth between `kinks`.
+
+    A Gauss-Legendre rule on each piece. Across a kink or a jump no rule does better than 1 / nodes; between them 48
+    nodes are exact to float32 rounding. The pieces end at the kinks, so their ends carry a part of the gradient where
+    `function` jumps.
+    """
+    nodes, weights = _columns(_gauss_legendre(), mean)
+    safe_stddev = ops.maximum(stddev, TINY)
+    edges = [-_HALF_WIDTH * ops.ones_like(mean)]
+    edges += [ops.clip((kink - mean) / safe_stddev, -_HALF_WIDTH, _HALF_WIDTH) for kink in sorted(kinks)]
+    edges += [_HALF_WIDTH * ops.ones_like(mean)]
+    points, masses = [], []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        half = 0.5 * (high - low)
+        point = (0.5 * (high + low))[None] + half[None] * nodes
+        points.append(point)
+        masses.append(half[None] * weights * ops.exp(-0.5 * ops.square(point)))
+    mass = ops.concatenate(masses, axis=0)
+    # Divided by their sum, so that a constant keeps its value exactly.
+    mass = mass / ops.sum(mass, axis=0, keepdims=True)
+    return _weighted_moments(function, mean, stddev, ops.concatenate(points, axis=0), mass)
+
+
+def quantile_moments(function: Callable, mean, stddev, num_quantiles: int):
+    """Mean and variance over the midpoint quantiles of a Gaussian, as in the authors' code.
+
+    The points are ``sqrt(2) erfinv(2 (i + 1/2) / num_quantiles - 1)``. The estimate is biased (by up to 4e-3 in the
+    mean of a relu with 200 points); it serves to reproduce published numbers.
+    """
+    return _weighted_moments(function, mean, stddev, *_columns(_midpoint_quantiles(num_quantiles), mean))
+
+
+def _weighted_moments(function, mean, stddev, points, weights):
+    """Moments under the discrete distribution of `points` (in standard deviations) with `weights`, on axis 0.
+
+    Everything is measured from ``function(mean)``: sums of small differences keep their digits where sums of large
+    values would not, and a standard deviation of 0 gives ``function(mean)`` and 0 exactly.
+    """
+    center = function(mean)
+    deviations = function(mean[None] + stddev[None] * points) - center[None]
+    shift = ops.sum(weights * deviations, axis=0)
+    return center + shift, ops.sum(weights * ops.square(deviations - shift[None]), axis=0)
+
+
+def _columns(arrays, like):
+    """NumPy vectors as tensors of the dtype of `like` that broadcast against it along a new first axis."""
+    shape = (-1,) + (1,) * len(like.shape)
+    return [ops.convert_to_tensor(array.reshape(shape), dtype=like.dtype) for array in arrays]
+
+
+@functools.cache
+def _trapezoid(nodes):
+    points = np.linspace(-_HALF_WIDTH, _HALF_WIDTH, nodes)
+    weights = np.exp(-0.5 * points**2)
+    return points, weights / weights.sum()
+
+
+@functools.cache
+def _gauss_legendre():
+    return np.polynomial.legendre.leggauss(_NODES_PER_PIECE)
+
+
+@functools.cache
+def _midpoint_quantiles(num_quantiles):
+    normal = statistics.NormalDist()
+    points = np.array([normal.inv_cdf((i + 0.5) / num_quantiles) for i in range(num_quantiles)])
+    return points, np.full_like(points, 1.0 / num_quantiles)
