@@ -67,7 +67,7 @@ def _weighted_moments(function, mean, stddev, points, weights):
     """Moments under the discrete distribution of `points` (in standard deviations) with `weights`, on axis 0.
 
     Everything is measured from ``function(mean)``: sums of small differences keep their digits where sums of large
-    values would not, and a standard deviation of 0 gives ``function(mean)`` and 0 exactly.
+    values would not, and a standard deviation of 0 gives ``function(mean)`` and 0.
     """
     center = function(mean)
     deviations = function(mean[None] + stddev[None] * points) - center[None]
