@@ -43,7 +43,7 @@ def group_moments(x, groups: int, axis: int, mask=None):
         group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=2, keepdims=True)
     else:
         counts = ops.reshape(counts, grouped)
-        weights = counts / ops.maximum(ops.sum(counts, axis=2, keepdims=True), 1.0)
+        weights = counts / _at_least_one(ops.sum(counts, axis=2, keepdims=True))
         pivot = ops.stop_gradient(ops.sum(weights * mean, axis=2, keepdims=True))
         group_mean = pivot + ops.sum(weights * (mean - pivot), axis=2, keepdims=True)
         group_variance = ops.sum(weights * (variance + ops.square(mean - group_mean)), axis=2, keepdims=True)
@@ -72,7 +72,7 @@ def _mean(x, axes):
 def _masked_moments(x, mask, axes):
     weights = ops.cast(mask, x.dtype) * ops.ones_like(x, dtype=x.dtype)
     counts = ops.sum(weights, axis=axes, keepdims=True) if axes else weights
-    safe_counts = ops.maximum(counts, 1.0)
+    safe_counts = _at_least_one(counts)
 
     def masked_sum(value):
         value = weights * value
@@ -83,6 +83,10 @@ def _masked_moments(x, mask, axes):
     x = ops.where(mask, x, pivot)
     mean = pivot + masked_sum(x - pivot) / safe_counts
     return mean, masked_sum(ops.square(x - mean)) / safe_counts, counts
+
+
+def _at_least_one(counts):
+    return ops.where(counts > 0, counts, ops.ones_like(counts))
 
 
 def _expand_mask(mask, x):

@@ -11,6 +11,7 @@ from keras import regularizers
 
 from keras_proxynorm import kernels
 from keras_proxynorm.moments import check_method
+from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
 
 __all__ = ["ActivationLike", "ProxyNormalizationLayer"]
@@ -129,8 +130,7 @@ class ProxyNormalizationLayer(keras.layers.Layer):
 
     def call(self, inputs, mask=None):
         self._check_dtype(inputs)
-        # float32 at least; float64 under a float64 policy or for float64 inputs.
-        dtype = keras.backend.result_type(inputs.dtype, self.variable_dtype, "float32")
+        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
         gamma, beta, proxy = (
             None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta, self.proxy)
         )

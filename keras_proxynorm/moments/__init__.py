@@ -8,8 +8,17 @@ from keras_proxynorm.moments.activations import METHODS
 from keras_proxynorm.moments.activations import ElementwiseActivation
 from keras_proxynorm.moments.activations import register_activation
 from keras_proxynorm.moments.activations import resolve_activation
+from keras_proxynorm.moments.precision import computation_dtype
 
-__all__ = ["ElementwiseActivation", "METHODS", "activation_moments", "register_activation", "resolve_activation"]
+__all__ = [
+    "METHODS",
+    "ElementwiseActivation",
+    "activation_moments",
+    "check_method",
+    "computation_dtype",
+    "register_activation",
+    "resolve_activation",
+]
 
 
 def activation_moments(activation, mean, stddev, method: str = "exact", num_quantiles: int = 256):
@@ -36,7 +45,7 @@ def activation_moments(activation, mean, stddev, method: str = "exact", num_quan
         num_quantiles: Number of points of ``"quantiles"``: 256 in the paper, 200 in the authors' code.
 
     Returns:
-        ``(mean, variance)``: two tensors, float64 if an argument is, float32 otherwise.
+        ``(mean, variance)``: two tensors, float64 if an argument is (on JAX, with x64 enabled), float32 otherwise.
 
     Raises:
         ValueError: If an argument is not of the form above.
@@ -58,9 +67,9 @@ def activation_moments(activation, mean, stddev, method: str = "exact", num_quan
     if not keras.backend.is_keras_tensor(stddev) and isinstance(stddev, (float, int, np.ndarray, list, tuple)):
         if np.any(np.asarray(stddev) < 0):
             raise ValueError(f"Argument `stddev` must not be negative. Received: stddev={stddev}")
-    mean, stddev = ops.convert_to_tensor(mean), ops.convert_to_tensor(stddev)
-    dtype = keras.backend.result_type(mean.dtype, stddev.dtype, "float32")
-    mean, stddev = ops.cast(mean, dtype), ops.cast(stddev, dtype)
+    # The dtypes first: some backends turn NumPy's float64 into float32 on conversion.
+    dtype = computation_dtype(*(x.dtype if hasattr(x, "dtype") else "float32" for x in (mean, stddev)))
+    mean, stddev = ops.convert_to_tensor(mean, dtype=dtype), ops.convert_to_tensor(stddev, dtype=dtype)
     return resolve_activation(activation).moments(
         mean + ops.zeros_like(stddev), stddev + ops.zeros_like(mean), method, num_quantiles
     )

@@ -35,7 +35,7 @@ def rectifier_moments(kink: float, slopes: tuple[float, float], value: float, me
     """
     left, change = slopes[0], slopes[1] - slopes[0]
     distance = mean - kink
-    t = ops.clip(distance / ops.maximum(stddev, TINY), -_CLIP, _CLIP)
+    t = ops.clip(distance / (stddev + TINY), -_CLIP, _CLIP)
     # By erfc: (1 + erf) / 2 cancels in the left tail, and XLA's float32 erf makes that visible.
     cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
     pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)
@@ -43,7 +43,7 @@ def rectifier_moments(kink: float, slopes: tuple[float, float], value: float, me
     output_mean = value + left * distance + change * (distance * cdf + stddev * pdf)
     g = t * cdf + pdf
     unit_variance = left * left + 2.0 * left * change * cdf + change * change * (cdf - g * (g - t))
-    return output_mean, ops.square(stddev) * ops.maximum(unit_variance, 0.0)
+    return output_mean, ops.square(stddev) * ops.relu(unit_variance)
 
 
 def exponential_moments(mean, stddev):

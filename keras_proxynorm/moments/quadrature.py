@@ -14,7 +14,7 @@ __all__ = ["piecewise_smooth_moments", "quantile_moments", "smooth_moments"]
 _HALF_WIDTH = 6.5
 _SMOOTH_NODES = 129
 _NODES_PER_PIECE = 48
-# Smallest standard deviation that is divided by: its square is a normal float32 number, so gradients stay finite.
+# Added to a standard deviation that is divided by: its square is a normal float32 number, so gradients stay finite.
 TINY = 1e-12
 
 
@@ -38,9 +38,8 @@ def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, s
     `function` jumps.
     """
     nodes, weights = _columns(_gauss_legendre(), mean)
-    safe_stddev = ops.maximum(stddev, TINY)
     edges = [-_HALF_WIDTH * ops.ones_like(mean)]
-    edges += [ops.clip((kink - mean) / safe_stddev, -_HALF_WIDTH, _HALF_WIDTH) for kink in sorted(kinks)]
+    edges += [ops.clip((kink - mean) / (stddev + TINY), -_HALF_WIDTH, _HALF_WIDTH) for kink in sorted(kinks)]
     edges += [_HALF_WIDTH * ops.ones_like(mean)]
     points, masses = [], []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
