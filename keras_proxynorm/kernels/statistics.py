@@ -29,60 +29,70 @@ def group_moments(x, groups: int, axis: int, mask=None):
     positions = tuple(i for i in range(1, len(x.shape)) if i != axis)
     if mask is None:
         counts = None
-        mean, variance = _moments(x, positions)
+        pivot, distance, variance = _moments(x, positions)
     else:
-        mean, variance, counts = _masked_moments(x, _expand_mask(mask, x), positions)
+        pivot, distance, variance, counts = _masked_moments(x, _expand_mask(mask, x), positions)
     channels = x.shape[axis]
     if groups == channels:
-        return mean, variance
+        return pivot + distance, variance
 
-    grouped = (-1, groups, channels // groups)
-    mean, variance = ops.reshape(mean, grouped), ops.reshape(variance, grouped)
+    def split(value):
+        return ops.reshape(value, (-1, groups, channels // groups))
+
+    pivot, distance, variance = split(pivot), split(distance), split(variance)
     if counts is None:
-        group_mean = _mean(mean, (2,))
-        group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=2, keepdims=True)
-    else:
-        counts = ops.reshape(counts, grouped)
-        weights = counts / _at_least_one(ops.sum(counts, axis=2, keepdims=True))
-        pivot = ops.stop_gradient(ops.sum(weights * mean, axis=2, keepdims=True))
-        group_mean = pivot + ops.sum(weights * (mean - pivot), axis=2, keepdims=True)
-        group_variance = ops.sum(weights * (variance + ops.square(mean - group_mean)), axis=2, keepdims=True)
+        origin = pivot[:, :, :1]
 
-    ungrouped = [1] * len(x.shape)
-    ungrouped[0], ungrouped[axis] = -1, channels
+        def average(value):
+            return ops.mean(value, axis=2, keepdims=True)
+
+    else:
+        counts = split(counts)
+        weights = counts / _at_least_one(ops.sum(counts, axis=2, keepdims=True))
+
+        def average(value):
+            return ops.sum(weights * value, axis=2, keepdims=True)
+
+        origin = average(pivot)
+    # Pivots are close to each other, so their difference is exact where their sum with the distances is rounded.
+    distance = (pivot - origin) + distance
+    group_distance = average(distance)
+    group_variance = average(variance + ops.square(distance - group_distance))
+
+    merged = [1] * len(x.shape)
+    merged[0], merged[axis] = -1, channels
     return tuple(
-        ops.reshape(ops.broadcast_to(value, ops.shape(mean)), ungrouped) for value in (group_mean, group_variance)
+        ops.reshape(ops.broadcast_to(value, ops.shape(pivot)), merged)
+        for value in (origin + group_distance, group_variance)
     )
 
 
 def _moments(x, axes):
-    if not axes:
-        return x, ops.zeros_like(x)
-    mean = _mean(x, axes)
-    return mean, ops.mean(ops.square(x - mean), axis=axes, keepdims=True)
-
-
-def _mean(x, axes):
-    """Mean over `axes`, kept, by way of the difference from the first element along them."""
-    # The result does not depend on the pivot, so neither does its gradient.
+    """A pivot, the distance of the mean from it, and the variance, over `axes`, which are kept."""
+    # The mean does not depend on the pivot, so neither does its gradient.
     pivot = ops.stop_gradient(x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(len(x.shape)))])
-    return pivot + ops.mean(x - pivot, axis=axes, keepdims=True)
+    if not axes:
+        return pivot, x - pivot, ops.zeros_like(x)
+    x = x - pivot
+    distance = ops.mean(x, axis=axes, keepdims=True)
+    return pivot, distance, ops.mean(ops.square(x - distance), axis=axes, keepdims=True)
 
 
 def _masked_moments(x, mask, axes):
-    weights = ops.cast(mask, x.dtype) * ops.ones_like(x, dtype=x.dtype)
+    """The same over the unmasked elements, and how many they are."""
+    weights = ops.cast(mask, x.dtype) * ops.ones_like(x)
     counts = ops.sum(weights, axis=axes, keepdims=True) if axes else weights
     safe_counts = _at_least_one(counts)
 
-    def masked_sum(value):
+    def average(value):
         value = weights * value
-        return ops.sum(value, axis=axes, keepdims=True) if axes else value
+        return (ops.sum(value, axis=axes, keepdims=True) if axes else value) / safe_counts
 
     # Replaced, not multiplied away: a masked infinity times 0 would be NaN, here or in the gradient.
-    pivot = ops.stop_gradient(masked_sum(ops.where(mask, x, ops.zeros_like(x))) / safe_counts)
-    x = ops.where(mask, x, pivot)
-    mean = pivot + masked_sum(x - pivot) / safe_counts
-    return mean, masked_sum(ops.square(x - mean)) / safe_counts, counts
+    pivot = ops.stop_gradient(average(ops.where(mask, x, ops.zeros_like(x))))
+    x = ops.where(mask, x, pivot) - pivot
+    distance = average(x)
+    return pivot, distance, average(ops.square(x - distance)), counts
 
 
 def _at_least_one(counts):

@@ -1,0 +1,48 @@
+"""The normalize and activate steps against NumPy."""
+
+import numpy as np
+from backends import numpy
+from backends import tensors
+
+from keras_proxynorm import kernels
+from keras_proxynorm.moments import resolve_activation
+
+RELU = resolve_activation("relu")
+
+
+def test_normalize():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
+    mean, variance = np.full((2, 1, 4), 0.3, "float32"), np.full((2, 1, 4), 2.0, "float32")
+    gamma, beta = np.arange(4, dtype="float32").reshape(1, 1, 4), np.float32([[[1, 2, 3, 4]]])
+    y = (x - mean) / np.sqrt(variance + 0.1)
+    np.testing.assert_allclose(numpy(kernels.normalize(*tensors(x, mean, variance), None, None, 0.1)), y, rtol=1e-5)
+    found = kernels.normalize(*tensors(x, mean, variance, gamma, beta), 0.1)
+    np.testing.assert_allclose(numpy(found), gamma * y + beta, rtol=1e-5, atol=1e-6)
+
+
+def test_proxy_moments_are_those_of_the_affine_proxy():
+    gamma, beta, proxy = np.float32([2, -1]), np.float32([0.5, 0]), np.float32([[1, -1], [0.5, -3]])
+    found = kernels.proxy_moments(RELU, *tensors(gamma, beta, proxy), "exact", 256)
+    expected = RELU.moments(*tensors(np.float32([2.5, 1.0]), np.float32([3.0, 2.0])))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-6)
+    without_affine = kernels.proxy_moments(RELU, None, None, *tensors(np.zeros((2, 2), "float32")), "exact", 256)
+    np.testing.assert_allclose(numpy(without_affine[0]), 0.398942, rtol=1e-5)
+    np.testing.assert_allclose(numpy(without_affine[1]), 0.340845, rtol=1e-5)
+
+
+def test_proxy_normalize():
+    h = np.float32([[-1, 2]])
+    found = kernels.proxy_normalize(*tensors(h), RELU, *tensors(np.float32([0.4]), np.float32([0.33])), 0.03)
+    np.testing.assert_allclose(numpy(found), (np.maximum(h, 0) - 0.4) / 0.6, rtol=1e-6)
+
+
+def test_a_gaussian_comes_out_normalized():
+    """What the method is for: a unit Gaussian input leaves with mean 0 and variance var / (var + epsilon)."""
+    h = np.random.default_rng(0).standard_normal(400_000).astype("float32")
+    for name in ("relu", "silu", "hard_silu", "tanh"):
+        activation = resolve_activation(name)
+        mean, variance = activation.moments(*tensors(np.float32(0), np.float32(1)))
+        z = numpy(kernels.proxy_normalize(*tensors(h), activation, mean, variance, 0.03))
+        expected = float(numpy(variance) / (numpy(variance) + 0.03))
+        assert abs(z.mean()) < 6e-3 and abs(z.var() - expected) < 0.01
