@@ -5,6 +5,8 @@ or their squares, so that ``x + 1e4`` has the statistics of ``x`` up to the roun
 batch axis; nothing is cast, so the caller chooses the precision.
 """
 
+import math
+
 from keras import ops
 
 __all__ = ["group_moments"]
@@ -44,7 +46,7 @@ def group_moments(x, groups: int, axis: int, mask=None):
         origin = pivot[:, :, :1]
 
         def average(value):
-            return ops.mean(value, axis=2, keepdims=True)
+            return _mean(value, (2,))
 
     else:
         counts = split(counts)
@@ -74,8 +76,8 @@ def _moments(x, axes):
     if not axes:
         return pivot, x - pivot, ops.zeros_like(x)
     x = x - pivot
-    distance = ops.mean(x, axis=axes, keepdims=True)
-    return pivot, distance, ops.mean(ops.square(x - distance), axis=axes, keepdims=True)
+    distance = _mean(x, axes)
+    return pivot, distance, _mean(ops.square(x - distance), axes)
 
 
 def _masked_moments(x, mask, axes):
@@ -93,6 +95,13 @@ def _masked_moments(x, mask, axes):
     x = ops.where(mask, x, pivot) - pivot
     distance = average(x)
     return pivot, distance, average(ops.square(x - distance)), counts
+
+
+def _mean(x, axes):
+    # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
+    sizes = [ops.shape(x)[i] for i in axes]
+    count = math.prod(sizes) if all(isinstance(n, int) for n in sizes) else ops.cast(ops.prod(sizes), x.dtype)
+    return ops.sum(x, axis=axes, keepdims=True) / count
 
 
 def _at_least_one(counts):

@@ -76,7 +76,7 @@ def test_the_pivot_may_be_an_outlier():
     mean, variance = group_moments(*tensors(x), 2, 3)
     expected_mean, expected_variance = expected_moments(x, 2, 3)
     np.testing.assert_allclose(numpy(mean), expected_mean, atol=1e-4 * np.sqrt(expected_variance.max()))
-    np.testing.assert_allclose(numpy(variance), expected_variance, rtol=1e-5)
+    np.testing.assert_allclose(numpy(variance), expected_variance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
