@@ -1,0 +1,298 @@
+"""The guarantees that every layer gives: values, batch independence, precision, layouts, gradients, errors."""
+
+import keras
+import numpy as np
+import pytest
+from backends import MODES
+from backends import check_gradients
+from backends import compiled
+from backends import float64_allowed
+from backends import gradients
+from backends import mixed_precision
+from backends import numpy
+from backends import tensors
+from keras.src.testing import TestCase
+from layers.samples import LAYERS
+from layers.samples import built
+from layers.samples import normal
+from layers.samples import reference
+
+import keras_proxynorm as kp
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+every_normalization = pytest.mark.parametrize("name", [name for name in LAYERS if name != "activation"])
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+# Instance normalization of inputs without positions is 0, and warned about: see test_group_norm_proxy.
+@pytest.mark.filterwarnings("ignore:.*one group for each channel")
+@every_layer
+@every_mode
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 4, 5, 8), (2, 3, 2, 4, 8)])
+def test_values(name, mode, shape):
+    layer, x = built(LAYERS[name], shape), normal(*shape)
+    np.testing.assert_allclose(numpy(compiled(layer, mode)(*tensors(x))), reference(layer, x), rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "layer_class, arguments",
+    [
+        (kp.GroupNormProxy, {"groups": 4}),
+        (kp.GroupNormProxy, {"groups": -1, "axis": 1, "activation": "silu", "learn_proxy": False}),
+        (kp.GroupNormProxy, {"groups": 2, "activation": None, "center": False}),
+        (kp.LayerNormProxy, {"activation": keras.layers.ReLU(max_value=6), "proxy_regularizer": "l2"}),
+        (kp.LayerNormProxy, {"proxy_moments": "quantiles", "scale": False}),
+        (kp.ProxyActivation, {"activation": "gelu"}),
+    ],
+)
+@mixed_precision
+def test_keras_layer_conformance(policy, layer_class, arguments):
+    keras.config.set_dtype_policy(policy)
+    plain, learned = arguments.get("activation", "") is None, arguments.get("learn_proxy", True)
+    affine = arguments.get("center", True) + arguments.get("scale", True)
+    TestCase().run_layer_test(
+        layer_class,
+        init_kwargs=arguments,
+        input_shape=(2, 8, 4, 8),
+        expected_output_shape=(2, 8, 4, 8),
+        expected_output_dtype=keras.config.dtype_policy().compute_dtype,
+        expected_num_trainable_weights=affine + (not plain and learned),
+        expected_num_non_trainable_weights=int(not learned),
+        expected_num_losses=int("proxy_regularizer" in arguments),
+        supports_masking=True,
+        # The default is a policy that the layers of this test have already.
+        run_mixed_precision_check=policy == "float32",
+    )
+
+
+@every_layer
+@every_mode
+def test_samples_do_not_see_each_other(name, mode):
+    layer, x = built(LAYERS[name], (None, 6, 5, 8)), normal(64, 6, 5, 8) * np.linspace(0.1, 9, 64)[:, None, None, None]
+    run = compiled(layer, mode)
+    whole = numpy(run(*tensors(x.astype("float32"))))
+    for i in (0, 17, 63):
+        np.testing.assert_allclose(numpy(run(*tensors(x[i : i + 1].astype("float32"))))[0], whole[i], atol=1e-5, rtol=1e-5)
+    (gradient,) = gradients(lambda x: keras.ops.sum(keras.ops.square(layer(x)[17])), *tensors(x.astype("float32")))
+    assert np.any(numpy(gradient)[17])
+    np.testing.assert_array_equal(numpy(gradient)[np.arange(64) != 17], 0)
+
+
+@every_layer
+def test_training_and_inference_are_the_same(name):
+    inputs = keras.Input((4, 4, 8))
+    model = keras.Model(inputs, LAYERS[name]()(inputs))
+    x = normal(3, 4, 4, 8)
+    before = numpy(model(x, training=True))
+    np.testing.assert_array_equal(before, numpy(model(x, training=False)))
+    for _ in range(3):
+        model(10 * x + 3, training=True)  # a running statistic would move
+    np.testing.assert_array_equal(before, numpy(model(x, training=False)))
+
+
+@every_normalization
+@every_mode
+@mixed_precision
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype, largest", [("float16", 6.5e4), ("float32", 7e4)])
+def test_half_precision_does_not_overflow(name, mode, policy, dtype, largest):
+    layer = built(LAYERS[name], (2, 6, 6, 8), dtype=policy)
+    x = np.clip(normal(2, 6, 6, 8), -2, 2)
+    (x,) = tensors((x / np.abs(x).max() * largest).astype(dtype))
+    outputs = compiled(layer, mode)(x)
+    assert keras.backend.standardize_dtype(outputs.dtype) == policy.removeprefix("mixed_")
+    # In float32 within, so the only error is the last rounding of the output.
+    expected = reference(layer, numpy(x))
+    np.testing.assert_allclose(numpy(keras.ops.cast(outputs, "float32")), expected, rtol=1e-2, atol=1e-2)
+
+    def loss(x):
+        return keras.ops.sum(keras.ops.square(keras.ops.cast(layer(x), "float32")))
+
+    (gradient,) = compiled(lambda x: gradients(loss, x), mode)(x)
+    assert np.all(np.isfinite(numpy(gradient)))
+
+
+@every_normalization
+def test_float64(name):
+    with float64_allowed():
+        layer, x = built(LAYERS[name], (2, 5, 3, 8), dtype="float64"), normal(2, 5, 3, 8, dtype="float64")
+        y = numpy(layer(*tensors(x, dtype="float64")))
+    assert y.dtype == "float64"
+    np.testing.assert_allclose(y, reference(layer, x), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [(name, 14) for name in LAYERS if name != "activation"] + [("group", 224), ("layer", 224), ("instance", 224)],
+)
+@every_mode
+def test_large_offsets(name, size, mode):
+    layer = built(LAYERS[name], (1, size, size, 8))
+    x = (normal(1, size, size, 8) + 1e4).astype("float32")
+    weights = normal(1, size, size, 8, seed=1)
+
+    def loss(x):
+        return keras.ops.sum(weights * layer(x))
+
+    y = numpy(compiled(layer, mode)(*tensors(x)))
+    (gradient,) = (numpy(g) for g in compiled(lambda x: gradients(loss, x), mode)(*tensors(x)))
+    # A float32 at 1e4 is known to 5e-4; the reference sees the same rounded input.
+    np.testing.assert_allclose(y, reference(layer, x), atol=5e-3)
+    centered = (x.astype("float64") - 1e4).astype("float32")
+    (expected,) = (numpy(g) for g in gradients(loss, *tensors(centered)))
+    # Where the input of the activation is within its rounding of a kink, the slope may be that of the other side.
+    wrong = np.abs(gradient - expected) > 5e-3 * np.abs(expected).max()
+    assert wrong.mean() < 2e-3
+
+
+@every_layer
+@pytest.mark.parametrize("rank", [3, 4, 5])
+def test_channels_first_is_channels_last_transposed(name, rank):
+    shape = (2, 3, 4, 5)[: rank - 1]
+    last, x = built(LAYERS[name], (*shape, 8)), normal(*shape, 8)
+    first = LAYERS[name](axis=1)
+    first.build((2, 8, *shape[1:]))
+    first.set_weights(last.get_weights())
+    y = numpy(first(*tensors(np.moveaxis(x, -1, 1))))
+    np.testing.assert_allclose(np.moveaxis(y, 1, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=1e-6)
+    middle = LAYERS[name](axis=-2)
+    middle.build((*shape[:-1], 8, shape[-1]))
+    middle.set_weights(last.get_weights())
+    y = numpy(middle(*tensors(np.moveaxis(x, -1, -2))))
+    np.testing.assert_allclose(np.moveaxis(y, -2, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradients(name, order):
+    x = normal(2, 3, 2, 8, dtype="float64")
+    with float64_allowed():
+        layer = built(LAYERS[name], x.shape, dtype="float64")
+        values = [numpy(v.value) for v in layer.trainable_variables]
+
+    def scalar(x, *values):
+        outputs, _ = layer.stateless_call(list(values), [], x)
+        (weights,) = tensors(normal(2, 3, 2, 8, seed=1), dtype="float64")
+        return keras.ops.sum(weights * keras.ops.square(outputs) + outputs)
+
+    check_gradients(scalar, x, *values, order=order, step=1e-6, rtol=1e-5)
+
+
+@every_layer
+@every_mode
+def test_compiled_gradients_are_eager_gradients(name, mode):
+    layer, x = built(LAYERS[name], (2, 4, 4, 8)), normal(2, 4, 4, 8)
+
+    def loss(x):
+        return keras.ops.sum(keras.ops.square(layer(x)) * normal(2, 4, 4, 8, seed=1))
+
+    (expected,) = gradients(loss, *tensors(x))
+    (found,) = compiled(lambda x: gradients(loss, x), mode)(*tensors(x))
+    np.testing.assert_allclose(numpy(found), numpy(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "group_no_affine"])
+def test_gamma_of_zero(name):
+    layer, x = built(LAYERS[name], (2, 4, 4, 8)), normal(2, 4, 4, 8)
+    layer.gamma.assign(keras.ops.zeros_like(layer.gamma))
+
+    def loss(x, *values):
+        return keras.ops.sum(keras.ops.square(layer.stateless_call(list(values), [], x)[0]))
+
+    values = tensors(*(numpy(v.value) for v in layer.trainable_variables))
+    for gradient in gradients(loss, *tensors(x), *values):
+        assert np.all(np.isfinite(numpy(gradient)))
+    np.testing.assert_allclose(numpy(layer(x)), reference(layer, x), atol=1e-5)
+
+
+@every_normalization
+@every_mode
+def test_masked_steps_do_not_enter(name, mode):
+    layer, x = built(LAYERS[name], (2, 6, 8)), normal(2, 6, 8)
+    mask = np.array([[True, True, False, True, True, False], [False] * 6])
+    other = np.where(mask[..., None], x, 100 * normal(2, 6, 8, seed=1)).astype("float32")
+    y, other_y = (numpy(compiled(lambda x: layer(x, mask=tensors(mask)[0]), mode)(*tensors(v))) for v in (x, other))
+    np.testing.assert_allclose(y[mask], other_y[mask], atol=1e-6)
+    np.testing.assert_allclose(y[:1][:, mask[0]], reference(layer, x[:1][:, mask[0]]), atol=1e-5)
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(other_y))
+
+    def loss(x):
+        return keras.ops.sum(keras.ops.square(layer(x, mask=tensors(mask)[0])) * mask[..., None].astype("float32"))
+
+    (gradient,) = gradients(loss, *tensors(other))
+    assert np.all(np.isfinite(numpy(gradient)))
+    np.testing.assert_array_equal(numpy(gradient)[~mask], 0)
+
+
+def test_mask_of_a_masking_layer_reaches_the_statistics():
+    x = normal(2, 5, 8)
+    x[:, 3:] = 0
+    inputs = keras.Input((5, 8))
+    model = keras.Model(inputs, kp.LayerNormProxy()(keras.layers.Masking()(inputs)))
+    np.testing.assert_allclose(numpy(model(x))[:, :3], numpy(model.layers[-1](x[:, :3])), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["group", "layer", "activation"])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"axis": 1.5}, "`axis`.*Received: axis=1.5"),
+        ({"proxy_epsilon": -0.1}, "`proxy_epsilon`.*Received: proxy_epsilon=-0.1"),
+        ({"proxy_epsilon": float("nan")}, "`proxy_epsilon`.*Received: proxy_epsilon=nan"),
+        ({"proxy_moments": "sampled"}, "`proxy_moments`.*exact.*quantiles.*Received: proxy_moments='sampled'"),
+        ({"num_quantiles": 0}, "`num_quantiles`.*Received: num_quantiles=0"),
+        ({"activation": "rellu"}, "`activation`.*relu.*Received: activation='rellu'"),
+        ({"activation": "softmax"}, "`activation`.*Received: activation='softmax'"),
+        ({"no_such_argument": 1}, "no_such_argument"),
+    ],
+)
+def test_bad_arguments(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LAYERS[name](**kwargs)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    "axis, shape, message",
+    [
+        (-1, (8,), "rank 2 or more.*inputs.shape=\\(8,\\)"),
+        (4, (2, 4, 4, 8), "`axis`.*from 1 to 3.*Received: axis=4"),
+        (0, (8, 4, 4, 8), "`axis`.*Received: axis=0"),
+        (-4, (8, 4, 4, 8), "`axis`.*Received: axis=-4"),
+        (-1, (2, 4, 4, None), "axis=-1 of the shape .* has none"),
+    ],
+)
+def test_bad_shapes(name, axis, shape, message):
+    with pytest.raises(ValueError, match=message):
+        LAYERS[name](axis=axis).build(shape)
+
+
+@every_layer
+def test_integers_are_refused(name):
+    layer = built(LAYERS[name], (2, 4, 8))
+    for dtype in ("int32", "uint8"):
+        with pytest.raises(ValueError, match=f"float dtype.*inputs.dtype={dtype}"):
+            layer(np.ones((2, 4, 8), dtype))
+        with pytest.raises(ValueError, match=f"float dtype.*inputs.dtype={dtype}"):
+            layer(keras.Input((4, 8), dtype=dtype))
+
+
+def test_proxy_properties():
+    layer = kp.LayerNormProxy()
+    assert layer.proxy is None and layer.proxy_mean is None and layer.proxy_stddev is None
+    layer.build((None, 4))
+    layer.proxy.assign([[1, 2, 3, 4], [0, 0, 0.5, -1]])
+    np.testing.assert_array_equal(numpy(layer.proxy_mean), [1, 2, 3, 4])
+    np.testing.assert_array_equal(numpy(layer.proxy_stddev), [1, 1, 1.5, 0])
+    plain = kp.LayerNormProxy(activation=None)
+    plain.build((None, 4))
+    assert plain.proxy is None and plain.proxy_stddev is None
+
+
+def test_learn_proxy_false_keeps_the_proxy():
+    layer = kp.LayerNormProxy(learn_proxy=False, proxy_initializer=keras.initializers.Constant(0.25))
+    layer.build((None, 4))
+    assert [w.name for w in layer.trainable_weights] == ["gamma", "beta"]
+    assert [w.name for w in layer.non_trainable_weights] == ["proxy"]
+    np.testing.assert_allclose(numpy(layer.proxy_stddev), 1.25)
