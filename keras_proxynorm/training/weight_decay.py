@@ -18,15 +18,18 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
     `keras.optimizers.Muon` treats every matrix as a kernel, the proxies included; make it with
     ``Muon(exclude_layers=["proxy"])``, then the proxies get its AdamW step and `adam_weight_decay`.
 
+    Call it before `fit`. Keras does not save exclusions: after `keras.models.load_model`, call it again with
+    ``model.optimizer`` before training goes on.
+
     Args:
-        optimizer: A Keras optimizer that was not used yet; a `keras.optimizers.LossScaleOptimizer` is looked through.
+        optimizer: A Keras optimizer; a `keras.optimizers.LossScaleOptimizer` is looked through.
         model: A built model.
 
     Returns:
         The optimizer, so that the call can stand inside ``model.compile``.
 
     Raises:
-        ValueError: If the model is not built, or if the optimizer is built already.
+        ValueError: If the model is not built, or if its training step with this optimizer is compiled already.
 
     Example:
 
@@ -48,6 +51,11 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
         raise ValueError(
             "Argument `model` must be built, because an optimizer excludes weights and not names; call "
             f"`model.build(input_shape)` or the model first. Received: model={model!r}"
+        )
+    if getattr(model, "optimizer", None) is optimizer and getattr(model, "train_function", None) is not None:
+        raise ValueError(
+            "Argument `optimizer` is in use: the training step is compiled, so that excluding weights now would have no "
+            f"effect. Call this before `fit`, or `model.compile` again first. Received: optimizer={optimizer!r}"
         )
     inner = optimizer
     while isinstance(inner, keras.optimizers.LossScaleOptimizer):

@@ -58,7 +58,7 @@ def test_the_proxy_normalizes_what_is_gaussian():
     y = numpy(layer(normal(16, 128, 128, 6)))
     variance = numpy(kp.activation_moments("relu", numpy(layer.beta), np.abs(numpy(layer.gamma)))[1])
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=0.01)
-    np.testing.assert_allclose(y.var((0, 1, 2)), variance / (variance + 0.03), atol=0.01)
+    np.testing.assert_allclose(y.var((0, 1, 2)), variance / (variance + 0.03), atol=0.03)
 
 
 @pytest.mark.parametrize("groups", [0, -2, 2.0, None, True])
