@@ -59,7 +59,7 @@ def float64_allowed():
 
 
 def numpy(x):
-    return keras.ops.convert_to_numpy(x)
+    return keras.ops.convert_to_numpy(x.detach() if hasattr(x, "detach") else x)
 
 
 def tensors(*arrays, dtype=None):

@@ -6,7 +6,7 @@ __all__ = ["computation_dtype"]
 
 
 def computation_dtype(*dtypes) -> str:
-    """"float64" if one of the dtypes is, else "float32".
+    """ "float64" if one of the dtypes is, else "float32".
 
     Not `keras.backend.result_type`: outside TensorFlow that turns float64 into float32.
     """

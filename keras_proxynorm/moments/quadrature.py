@@ -1,6 +1,7 @@
 """Numerical integration of an activation against a normal density: smooth, with kinks, and the authors' quantiles."""
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -21,11 +22,11 @@ TINY = 1e-12
 def smooth_moments(function: Callable, mean, stddev, nodes: int = _SMOOTH_NODES):
     """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for an analytic ``function``.
 
-    The trapezoid rule on `nodes` (129) equally spaced points over 6.5 standard deviations to each side. For analytic integrands
+    The trapezoid rule on 129 equally spaced points over 6.5 standard deviations to each side. For analytic integrands
     that vanish at both ends it converges exponentially. The nearest singularity of `function` in the complex plane
     sets the rate: at distance ``d`` from the real line the error is about ``exp(-62 d / stddev)``. For tanh
-    (``d = pi / 2``) that is 3e-9 at ``stddev = 5``, 6e-5 at 10 and 8e-3 at 20; silu, gelu, mish and softplus do
-    better.
+    (``d = pi / 2``) that is measured as 5e-8 at ``stddev = 5``, 2e-4 at 10 and 6e-3 at 20; silu, gelu, mish and
+    softplus stay below 2e-6 at 10 and 8e-4 at 20.
     """
     return _weighted_moments(function, mean, stddev, *_columns(_trapezoid(nodes), mean))
 
@@ -42,7 +43,7 @@ def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, s
     edges += [ops.clip((kink - mean) / (stddev + TINY), -_HALF_WIDTH, _HALF_WIDTH) for kink in sorted(kinks)]
     edges += [_HALF_WIDTH * ops.ones_like(mean)]
     points, masses = [], []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         half = 0.5 * (high - low)
         point = (0.5 * (high + low))[None] + half[None] * nodes
         points.append(point)

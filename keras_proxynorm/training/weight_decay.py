@@ -46,7 +46,9 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(f"Argument `optimizer` must be a keras.optimizers.Optimizer. Received: optimizer={optimizer!r}")
+        raise ValueError(
+            f"Argument `optimizer` must be a keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
+        )
     if not model.built:
         raise ValueError(
             "Argument `model` must be built, because an optimizer excludes weights and not names; call "
@@ -54,7 +56,7 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
         )
     if getattr(model, "optimizer", None) is optimizer and getattr(model, "train_function", None) is not None:
         raise ValueError(
-            "Argument `optimizer` is in use: the training step is compiled, so that excluding weights now would have no "
+            "Argument `optimizer` is in use: the training step is compiled, so excluding weights now would have no "
             f"effect. Call this before `fit`, or `model.compile` again first. Received: optimizer={optimizer!r}"
         )
     inner = optimizer

@@ -85,7 +85,9 @@ def test_masked_positions_may_hold_anything(garbage):
     mask = np.array([[True, True, False, True, False], [False] * 5])
     dirty = np.where(mask[:, :, None], x, garbage).astype("float32")
     for clean_value, dirty_value in zip(
-        group_moments(*tensors(x), 2, 2, *tensors(mask)), group_moments(*tensors(dirty), 2, 2, *tensors(mask)), strict=True
+        group_moments(*tensors(x), 2, 2, *tensors(mask)),
+        group_moments(*tensors(dirty), 2, 2, *tensors(mask)),
+        strict=True,
     ):
         np.testing.assert_array_equal(numpy(clean_value), numpy(dirty_value))
     (gradient,) = gradients(lambda x: sum(ops.sum(v) for v in group_moments(x, 2, 2, *tensors(mask))), *tensors(dirty))

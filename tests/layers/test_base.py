@@ -73,7 +73,9 @@ def test_samples_do_not_see_each_other(name, mode):
     run = compiled(layer, mode)
     whole = numpy(run(*tensors(x.astype("float32"))))
     for i in (0, 17, 63):
-        np.testing.assert_allclose(numpy(run(*tensors(x[i : i + 1].astype("float32"))))[0], whole[i], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            numpy(run(*tensors(x[i : i + 1].astype("float32"))))[0], whole[i], atol=1e-5, rtol=1e-5
+        )
     (gradient,) = gradients(lambda x: keras.ops.sum(keras.ops.square(layer(x)[17])), *tensors(x.astype("float32")))
     assert np.any(numpy(gradient)[17])
     np.testing.assert_array_equal(numpy(gradient)[np.arange(64) != 17], 0)
@@ -130,7 +132,7 @@ def test_float64(name):
 def test_large_offsets(name, size, mode):
     layer = built(LAYERS[name], (1, size, size, 8))
     x = (normal(1, size, size, 8) + 1e4).astype("float32")
-    weights = normal(1, size, size, 8, seed=1)
+    (weights,) = tensors(normal(1, size, size, 8, seed=1))
 
     def loss(x):
         return keras.ops.sum(weights * layer(x))
@@ -155,12 +157,12 @@ def test_channels_first_is_channels_last_transposed(name, rank):
     first.build((2, 8, *shape[1:]))
     first.set_weights(last.get_weights())
     y = numpy(first(*tensors(np.moveaxis(x, -1, 1))))
-    np.testing.assert_allclose(np.moveaxis(y, 1, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.moveaxis(y, 1, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=5e-6)
     middle = LAYERS[name](axis=-2)
     middle.build((*shape[:-1], 8, shape[-1]))
     middle.set_weights(last.get_weights())
     y = numpy(middle(*tensors(np.moveaxis(x, -1, -2))))
-    np.testing.assert_allclose(np.moveaxis(y, -2, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.moveaxis(y, -2, -1), numpy(last(*tensors(x))), rtol=1e-5, atol=5e-6)
 
 
 @every_layer
@@ -185,7 +187,7 @@ def test_compiled_gradients_are_eager_gradients(name, mode):
     layer, x = built(LAYERS[name], (2, 4, 4, 8)), normal(2, 4, 4, 8)
 
     def loss(x):
-        return keras.ops.sum(keras.ops.square(layer(x)) * normal(2, 4, 4, 8, seed=1))
+        return keras.ops.sum(keras.ops.square(layer(x)) * tensors(normal(2, 4, 4, 8, seed=1))[0])
 
     (expected,) = gradients(loss, *tensors(x))
     (found,) = compiled(lambda x: gradients(loss, x), mode)(*tensors(x))
@@ -195,7 +197,7 @@ def test_compiled_gradients_are_eager_gradients(name, mode):
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "group_no_affine"])
 def test_gamma_of_zero(name):
     layer, x = built(LAYERS[name], (2, 4, 4, 8)), normal(2, 4, 4, 8)
-    layer.gamma.assign(keras.ops.zeros_like(layer.gamma))
+    layer.gamma.assign(np.zeros(8))
 
     def loss(x, *values):
         return keras.ops.sum(keras.ops.square(layer.stateless_call(list(values), [], x)[0]))
@@ -218,7 +220,7 @@ def test_masked_steps_do_not_enter(name, mode):
     assert np.all(np.isfinite(y)) and np.all(np.isfinite(other_y))
 
     def loss(x):
-        return keras.ops.sum(keras.ops.square(layer(x, mask=tensors(mask)[0])) * mask[..., None].astype("float32"))
+        return keras.ops.sum(keras.ops.square(layer(x, mask=tensors(mask)[0])) * tensors(mask[..., None] * 1.0)[0])
 
     (gradient,) = gradients(loss, *tensors(other))
     assert np.all(np.isfinite(numpy(gradient)))

@@ -61,7 +61,9 @@ def test_fit(make, jit_compile):
     x, y = images()
     history = model.fit(x, y, batch_size=8, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.6 * history["loss"][0]
-    np.testing.assert_allclose(model.predict(x, batch_size=32, verbose=0), model.predict(x, batch_size=1, verbose=0), atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict(x, batch_size=32, verbose=0), model.predict(x, batch_size=1, verbose=0), atol=1e-5
+    )
 
 
 @mixed_precision
@@ -94,7 +96,7 @@ def test_no_retracing_from_step_to_step(jit_compile, monkeypatch):
 
 @tensorflow_only
 def test_xla_compiles_the_whole_step():
-    """``jit_compile=True`` has no fallback: what XLA cannot compile is an error; the compiled module is there to see."""
+    """``jit_compile=True`` has no fallback: what XLA cannot compile is an error. Look at the module, too."""
     import tensorflow as tf
 
     model = functional(8)

@@ -1,4 +1,4 @@
-"""Configs, weights files and whole models: before and after build, in a fresh process, and never a BatchNormalization."""
+"""Configs, weights files, whole models: before and after build, in a fresh process, never a BatchNormalization."""
 
 import json
 import os
@@ -37,7 +37,9 @@ def make_model(name):
 
 @every_layer
 def test_config_round_trip_before_and_after_build(name):
-    layer = LAYERS[name](beta_regularizer="l2", gamma_constraint="non_neg", axis=-1, name="norm", dtype="mixed_bfloat16")
+    layer = LAYERS[name](
+        beta_regularizer="l2", gamma_constraint="non_neg", axis=-1, name="norm", dtype="mixed_bfloat16"
+    )
     config = layer.get_config()
     json.dumps(config)
     layer.build((None, 6, 6, 8))

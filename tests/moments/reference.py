@@ -97,7 +97,9 @@ def integrate(name, mean, stddev, panels=120, nodes=12):
 
 def errors(found, expected):
     """Errors of ``(mean, variance)`` in units of the layer's output, as the documentation states them."""
-    (mean, variance), (true_mean, true_variance) = [[np.asarray(x, "float64") for x in pair] for pair in (found, expected)]
+    (mean, variance), (true_mean, true_variance) = [
+        [np.asarray(x, "float64") for x in pair] for pair in (found, expected)
+    ]
     scale = np.sqrt(true_variance + 0.03)
     mean_error = np.abs(mean - true_mean) / (scale * np.maximum(1, np.abs(true_mean)))
     return mean_error.max(), np.abs(np.sqrt(variance + 0.03) / scale - 1).max()

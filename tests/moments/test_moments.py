@@ -89,7 +89,9 @@ def test_quantiles_converge_to_exact():
 
 
 # One of each rule, and both with a mean exactly on a kink, where every model starts.
-@pytest.mark.parametrize("name", ["relu", "LeakyReLU(.1)", "relu6", "hard_shrink", "selu", "silu", "mish", "exponential"])
+@pytest.mark.parametrize(
+    "name", ["relu", "LeakyReLU(.1)", "relu6", "hard_shrink", "selu", "silu", "mish", "exponential"]
+)
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradients(name, order):
     mean = np.array([0.0, 0.4, -0.5, 0.5, -1.7, 2.2, 6.0, -7.5])

@@ -17,7 +17,7 @@ def make_model():
     x = keras.layers.GlobalAveragePooling2D()(block(x))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
     for weight in model.trainable_weights:
-        weight.assign(keras.ops.ones_like(weight))
+        weight.assign(np.ones(weight.shape))
     return model
 
 
@@ -43,7 +43,9 @@ OPTIMIZERS = {
     "adamw": lambda **kw: keras.optimizers.AdamW(0.1, weight_decay=0.1, **kw),
     "sgd": lambda **kw: keras.optimizers.SGD(0.1, weight_decay=0.1, **kw),
     "loss_scale": lambda **kw: keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(0.1, weight_decay=0.1, **kw)),
-    "muon": lambda **kw: keras.optimizers.Muon(0.1, weight_decay=0.1, adam_weight_decay=0.1, exclude_layers=["proxy"], **kw),
+    "muon": lambda **kw: keras.optimizers.Muon(
+        0.1, weight_decay=0.1, adam_weight_decay=0.1, exclude_layers=["proxy"], **kw
+    ),
 }
 
 

@@ -1,0 +1,163 @@
+"""A model as a function of named tensors with a fixed signature: what every export writes down."""
+
+import inspect
+import re
+from collections.abc import Callable
+
+import keras
+
+__all__ = ["serving_function"]
+
+
+def serving_function(model: keras.Model, batch_size: int | None, input_shape) -> tuple[Callable, list]:
+    """The inference function of a model, and the signature to trace it with.
+
+    Args:
+        model: A built model.
+        batch_size: Positive integer, or None for any batch size.
+        input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples.
+
+    Returns:
+        ``(function, signature)``: a function of one tensor for each input that returns a dict of named outputs, and a
+        list of named `tf.TensorSpec`, one for each input.
+
+    Raises:
+        RuntimeError: If the Keras backend is not TensorFlow.
+        ValueError: If the model is not built, or if the arguments do not fix the shapes of its inputs.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "Exporting needs the TensorFlow backend of Keras. Save the model with model.save('model.keras'), then load "
+            "and export it in a process that runs with KERAS_BACKEND=tensorflow. "
+            f"Received: keras.backend.backend()={keras.backend.backend()!r}"
+        )
+    import tensorflow as tf
+
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
+    if not model.built:
+        raise ValueError(
+            "Argument `model` must be built, so that it has weights: call it on a batch, or begin a Sequential with a "
+            f"keras.Input. Received: model={model!r}"
+        )
+    if batch_size is not None and not _is_size(batch_size):
+        raise ValueError(
+            "Argument `batch_size` must be a positive integer, or None for any batch size. "
+            f"Received: batch_size={batch_size!r}"
+        )
+    if getattr(model, "inputs", None) is None:
+        structure, inputs = _declared_inputs(model, input_shape)
+    else:
+        structure, inputs = _known_inputs(model, batch_size, input_shape)
+    for tensor in inputs:
+        if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", tensor.name):
+            raise ValueError(
+                "The names of the inputs of `model` must begin with a letter or a digit and have only letters, digits, "
+                f"'.', '_' and '-'. Received: an input with name={tensor.name!r}"
+            )
+
+    def serve(*tensors):
+        return _name_outputs(model, model(keras.tree.pack_sequence_as(structure, tensors), training=False))
+
+    return serve, [tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in inputs]
+
+
+def _known_inputs(model, batch_size, input_shape):
+    """The structure that the model is called with and its inputs as a list, for a model that was made from inputs."""
+    names = [tensor.name for tensor in model.inputs]
+    inputs = []
+    for tensor, given in zip(model.inputs, _align(input_shape, names), strict=True):
+        own = tensor.shape[1:]
+        if given is None and None in own:
+            example = tuple(size or 224 for size in own)
+            several = f" in a list or dict with a tuple for each of {names}" if len(names) > 1 else ""
+            raise ValueError(
+                f"Argument `input_shape` must give the sizes that the input '{tensor.name}' of shape {own} leaves "
+                f"open, for example {example}{several}. Received: input_shape={input_shape!r}"
+            )
+        shape = own if given is None else tuple(given)
+        if len(shape) != len(own) or any(size not in (None, other) for size, other in zip(own, shape, strict=True)):
+            raise ValueError(
+                f"Argument `input_shape` must agree with the shape {own} of the input '{tensor.name}', without the "
+                f"batch. Received: input_shape={input_shape!r}"
+            )
+        # A Sequential that was built by a call has the batch size of that call there, which binds nobody.
+        if not isinstance(model, keras.Sequential) and tensor.shape[0] not in (None, batch_size):
+            raise ValueError(
+                f"Argument `batch_size` must be {tensor.shape[0]}, which the input '{tensor.name}' was made with. "
+                f"Received: batch_size={batch_size!r}"
+            )
+        inputs.append(keras.KerasTensor((None, *shape), dtype=tensor.dtype, name=tensor.name))
+    return (inputs[0] if isinstance(model, keras.Sequential) else model.input), inputs
+
+
+def _declared_inputs(model, input_shape):
+    """The same for a model that knows nothing about its inputs: a subclass of keras.Model."""
+    first, *others = inspect.signature(model.call).parameters.values()
+    if any(other.default is other.empty and other.kind == other.POSITIONAL_OR_KEYWORD for other in others):
+        raise ValueError(
+            "Argument `model` must take its inputs as one argument: a tensor, a list or a dict. Wrap it in a "
+            "functional model, keras.Model(inputs, model(*inputs)). "
+            f"Received: model={model!r}, whose `call` needs more arguments"
+        )
+    if input_shape is None:
+        raise ValueError(
+            "Argument `input_shape` must give the sizes of the inputs without the batch, because a subclassed model "
+            "has no record of them: a tuple like (224, 224, 3), or a list or dict of tuples for the list or dict that "
+            "the model takes. Received: input_shape=None"
+        )
+
+    def tensor(name, shape):
+        # The dtype that keras.Input would have.
+        return keras.KerasTensor((None, *shape), dtype=keras.config.floatx(), name=name)
+
+    if isinstance(input_shape, dict):
+        shapes = _align(input_shape, list(input_shape))
+        structure = {name: tensor(name, shape) for name, shape in zip(input_shape, shapes, strict=True)}
+    elif _is_shape(input_shape):
+        structure = tensor(first.name, input_shape)
+    else:
+        names = [f"{first.name}_{i}" for i in range(len(input_shape))]
+        structure = [tensor(name, shape) for name, shape in zip(names, _align(input_shape, names), strict=True)]
+    return structure, keras.tree.flatten(structure)
+
+
+def _align(input_shape, names):
+    """One shape, or None, for each of the inputs with these names."""
+    if input_shape is None:
+        return [None] * len(names)
+    if isinstance(input_shape, dict):
+        shapes = [input_shape.get(name) for name in names] if set(input_shape) == set(names) else []
+    else:
+        shapes = [input_shape] if _is_shape(input_shape) else input_shape
+    if not isinstance(shapes, (list, tuple)) or len(shapes) != len(names) or not all(map(_is_shape, shapes)):
+        raise ValueError(
+            "Argument `input_shape` must be a tuple of positive integers, the sizes without the batch, or a list or "
+            f"dict with such a tuple for each of the inputs {names}. Received: input_shape={input_shape!r}"
+        )
+    return shapes
+
+
+def _is_shape(value):
+    return isinstance(value, (list, tuple)) and all(map(_is_size, value))
+
+
+def _is_size(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _name_outputs(model, outputs):
+    """The outputs as a flat dict, by their keys or else by the layers that they come from."""
+    tensors = keras.tree.flatten(outputs)
+    if isinstance(outputs, dict):
+        names = ["_".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(outputs)]
+    elif isinstance(model, keras.Sequential):
+        names = [model.layers[-1].name] * len(tensors)
+    else:
+        names = getattr(model, "output_names", ["output"] * len(tensors))
+    named = {}
+    for name, tensor in zip(names, tensors, strict=True):
+        # One layer can make several of the outputs.
+        repeats = sum(other == name for other in names[: len(named)])
+        named[f"{name}_{repeats}" if repeats else name] = tensor
+    return named

@@ -1,0 +1,67 @@
+"""The package as a whole: what it exports, what importing it costs, the examples in its docstrings."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_proxynorm
+import keras_proxynorm.export
+
+MODULES = sorted(
+    module.name
+    for package in (keras_proxynorm, keras_proxynorm.export)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+)
+
+
+def test_public_names():
+    assert keras_proxynorm.__all__ == sorted(keras_proxynorm.__all__)
+    for package in (keras_proxynorm, keras_proxynorm.export):
+        for name in package.__all__:
+            assert inspect.getdoc(getattr(package, name)), name
+
+
+@pytest.mark.parametrize("name", [n for n in keras_proxynorm.__all__ if inspect.isclass(getattr(keras_proxynorm, n))])
+def test_layers_are_registered(name):
+    assert keras.saving.get_registered_object(f"keras_proxynorm>{name}") is getattr(keras_proxynorm, name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_say_what_they_are_for(name):
+    module = importlib.import_module(name)
+    assert module.__doc__ and module.__all__
+
+
+@pytest.mark.parametrize("name", ["keras_proxynorm", "keras_proxynorm.export", *MODULES])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"keras_proxynorm": keras_proxynorm}).failed == 0
+
+
+def test_every_public_docstring_has_an_example():
+    for package in (keras_proxynorm, keras_proxynorm.export):
+        for name in package.__all__:
+            assert ">>> " in inspect.getdoc(getattr(package, name)), name
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import keras, sys\n"
+        "before = set(sys.modules)\n"
+        "import keras_proxynorm\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
+        "import keras_proxynorm.export\n"
+        "new = set(sys.modules) - before\n"
+        "print([name for name in ('tf2onnx', 'onnx', 'onnxruntime', 'matplotlib') if name in new])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert set(eval(first)) <= {"keras_proxynorm", "_keras_proxynorm", "statistics", "_statistics", "fractions"}
+    assert second == "[]"
