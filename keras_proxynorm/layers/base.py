@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import constraints
@@ -16,7 +17,8 @@ from keras_proxynorm.moments import resolve_activation
 
 __all__ = ["ActivationLike", "ProxyNormalizationLayer"]
 
-ActivationLike = str | Callable | keras.layers.Layer | dict | None
+# A layer is a callable, too.
+ActivationLike: TypeAlias = str | Callable | dict | None
 
 
 class ProxyNormalizationLayer(keras.layers.Layer):

@@ -51,8 +51,8 @@ class ElementwiseActivation:
         if self.exponential:
             return exponential_moments(mean, stddev)
         if self.slopes is not None:
-            (kink,) = self.kinks
-            return rectifier_moments(kink, self.slopes, 0.0, mean, stddev)
+            (kink,), (left, right) = self.kinks, self.slopes
+            return rectifier_moments(kink, left, right, mean, stddev)
         if self.kinks:
             return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
         return smooth_moments(self.function, mean, stddev)
@@ -257,11 +257,11 @@ def _examine(function, activation):
     for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
         if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
             return ElementwiseActivation(function, **shape_of())
-    error = _smooth_error(function)
-    if error > 3e-5:
+    inaccuracy = _inaccuracy_as_smooth(function)
+    if inaccuracy > 3e-5:
         warnings.warn(
             f"The activation {activation!r} seems to have a kink or a jump: its proxy moments would be off by about "
-            f"{error:.0e}. Say where with keras_proxynorm.register_activation(fn, kinks=(...)).",
+            f"{inaccuracy:.0e}. Say where with keras_proxynorm.register_activation(fn, kinks=(...)).",
             stacklevel=2,
         )
     return ElementwiseActivation(function)
@@ -278,7 +278,7 @@ def _same(a, b):
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def _smooth_error(function):
+def _inaccuracy_as_smooth(function):
     """How far the rule for smooth functions is from one with ten times as many nodes, in units of the output."""
     mean = ops.convert_to_tensor(np.linspace(-4.1, 3.9, 33, dtype="float32"))
     stddev = ops.ones_like(mean)

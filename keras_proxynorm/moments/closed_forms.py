@@ -12,10 +12,10 @@ __all__ = ["exponential_moments", "rectifier_moments"]
 _CLIP = 13.0
 
 
-def rectifier_moments(kink: float, slopes: tuple[float, float], value: float, mean, stddev):
-    """Mean and variance of ``phi(U)``, ``U ~ N(mean, stddev ** 2)``, for two half-lines that meet at `kink`.
+def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
+    """Mean and variance of ``phi(U)``, ``U ~ N(mean, stddev ** 2)``, for two half-lines that meet in ``(kink, 0)``.
 
-    ``phi`` is a line plus a rectifier, ``phi(u) = value + left (u - a) + (right - left) relu(u - a)``. With
+    ``phi`` is a line plus a rectifier, ``phi(u) = left (u - a) + (right - left) relu(u - a)``. With
     ``t = (mean - a) / stddev``, ``Phi`` and ``p`` the normal distribution function and density, and
     ``g(t) = t Phi(t) + p(t)``,
 
@@ -25,22 +25,22 @@ def rectifier_moments(kink: float, slopes: tuple[float, float], value: float, me
 
     Args:
         kink: The point ``a`` where the slope changes.
-        slopes: The slopes left and right of it.
-        value: ``phi(kink)``.
+        left: The slope left of it.
+        right: The slope right of it.
         mean: Float tensor.
         stddev: Float tensor of the same shape, not negative. At 0 the mean is ``phi(mean)`` and the variance is 0.
 
     Returns:
         ``(mean, variance)`` of ``phi(U)``, tensors of the shape and dtype of `mean`.
     """
-    left, change = slopes[0], slopes[1] - slopes[0]
+    change = right - left
     distance = mean - kink
     t = ops.clip(distance / (stddev + TINY), -_CLIP, _CLIP)
     # By erfc: (1 + erf) / 2 cancels in the left tail, and XLA's float32 erf makes that visible.
     cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
     pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)
     # Not stddev * g(t): where t is clipped this is still exactly relu(mean - kink), with the right gradient.
-    output_mean = value + left * distance + change * (distance * cdf + stddev * pdf)
+    output_mean = left * distance + change * (distance * cdf + stddev * pdf)
     g = t * cdf + pdf
     unit_variance = left * left + 2.0 * left * change * cdf + change * change * (cdf - g * (g - t))
     return output_mean, ops.square(stddev) * ops.relu(unit_variance)
