@@ -24,14 +24,14 @@ if not all(map(importlib.util.find_spec, ("sklearn", "onnxruntime"))):
 import keras
 import numpy as np
 from keras import layers
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from keras_proxynorm import GroupNormProxy
 from keras_proxynorm import LayerNormProxy
 from keras_proxynorm import exclude_norm_from_weight_decay
+from keras_proxynorm.export import export_onnx
+from keras_proxynorm.export import export_saved_model
 
 LOWEST_ACCURACY = 0.97
 LARGEST_DIFFERENCE = 1e-4

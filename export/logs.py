@@ -9,21 +9,21 @@ __all__ = ["errors_of", "quiet"]
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Lets the loggers of these names show nothing below an error."""
+    """Lets the loggers of these names, but not their children, pass nothing below an error."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    # Not their levels: TensorFlow sets that of absl while it saves.
     for logger in loggers:
-        logger.setLevel(max(logger.level, logging.ERROR))
+        logger.addFilter(_is_error)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(_is_error)
 
 
 @contextlib.contextmanager
 def errors_of(name: str) -> Iterator[list[str]]:
-    """Collects the errors that a logger and its children report, in place of showing them.
+    """Collects the errors that a logger and its children report, and shows nothing of what they report.
 
     Args:
         name: Name of the logger.
@@ -42,6 +42,10 @@ def errors_of(name: str) -> Iterator[list[str]]:
     finally:
         logger.propagate = propagate
         logger.removeHandler(handler)
+
+
+def _is_error(record):
+    return record.levelno >= logging.ERROR
 
 
 class _Collector(logging.Handler):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
 from keras_proxynorm.export.logs import errors_of
-from keras_proxynorm.export.logs import quiet
 from keras_proxynorm.export.serving_function import serving_function
 
 __all__ = ["export_onnx"]
@@ -108,7 +108,7 @@ def _convert(serve, signature, opset):
         return outputs
 
     function = tf.function(traced, input_signature=signature, autograph=False)
-    with quiet("absl", "tensorflow", "tf2onnx"), errors_of("tf2onnx") as errors:
+    with errors_of("tf2onnx") as errors:
         function.get_concrete_function()
         shared = {spec.name for spec in signature} & set(output_names)
         if shared:

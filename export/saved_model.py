@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import keras
+
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
 from keras_proxynorm.export.logs import quiet

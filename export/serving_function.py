@@ -114,11 +114,11 @@ def _declared_inputs(model, input_shape):
     if isinstance(input_shape, dict):
         shapes = _align(input_shape, list(input_shape))
         structure = {name: tensor(name, shape) for name, shape in zip(input_shape, shapes, strict=True)}
-    elif _is_shape(input_shape):
-        structure = tensor(first.name, input_shape)
-    else:
+    elif isinstance(input_shape, (list, tuple)) and not _is_shape(input_shape):
         names = [f"{first.name}_{i}" for i in range(len(input_shape))]
         structure = [tensor(name, shape) for name, shape in zip(names, _align(input_shape, names), strict=True)]
+    else:
+        structure = tensor(first.name, *_align(input_shape, [first.name]))
     return structure, keras.tree.flatten(structure)
 
 

@@ -1,6 +1,7 @@
 """The models that every export is tried on: small, with random norm parameters, and each with a reason to go wrong."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import keras
@@ -171,3 +172,24 @@ def small():
 def files(tmp_path):
     """Lists what is in the test's directory, hidden and temporary files too."""
     return lambda: sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+
+@pytest.fixture
+def notes():
+    """What the libraries under the exports have logged, with all of them asked to speak up."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in ("absl", "tensorflow", "tf2onnx", None)]
+    listening = [logger for logger in loggers if logger.name != "tf2onnx"]
+    before = [(logger.level, list(logger.filters), logger.propagate) for logger in loggers]
+    for logger in listening:
+        logger.addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+    yield records
+    for logger in listening:
+        logger.removeHandler(handler)
+    for logger, (level, filters, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        assert (logger.filters, logger.propagate) == (filters, propagate)

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing

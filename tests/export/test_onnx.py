@@ -1,6 +1,5 @@
 """ONNX files are checked and run in ONNX Runtime; what cannot be converted is an error and not a file."""
 
-import logging
 import pathlib
 import subprocess
 import sys
@@ -9,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from keras_proxynorm.export import export_onnx
 
 import keras_proxynorm as kp
+from keras_proxynorm.export import export_onnx
 
 pytestmark = tensorflow_only
 
@@ -89,12 +88,10 @@ def test_no_moments_at_inference_with_many_channels(activation, tmp_path):
 
 
 @pytest.mark.parametrize("opset", [None, 13, 18])
-def test_opset(case, opset, tmp_path):
-    path = export_onnx(case.model, tmp_path / "model.onnx", opset=opset, **case.arguments)
-    assert [(entry.domain, entry.version) for entry in load(path).opset_import if entry.domain == ""] == [
-        ("", opset or 17)
-    ]
-    case.check(runner(path), 1)
+def test_opset(small, opset, tmp_path):
+    path = export_onnx(small.model, tmp_path / "model.onnx", opset=opset)
+    assert [entry.version for entry in load(path).opset_import if entry.domain == ""] == [opset or 17]
+    small.check(runner(path), 1)
 
 
 @pytest.mark.parametrize("opset", [12, 99, 17.0, True, "17"])
@@ -126,7 +123,7 @@ def test_what_the_checker_refuses(tmp_path, files):
 def test_unsupported_operation(tmp_path, files, capfd):
     x = keras.Input((4,), name="x")
     model = keras.Model(x, keras.layers.Lambda(keras.ops.erfinv, name="odd_one")(x))
-    with pytest.raises(ValueError, match=r"`model`[\s\S]*odd_one[\s\S]*Erfinv"):
+    with pytest.raises(ValueError, match=r"(?s)`model`.*export_saved_model.*from tf2onnx.*odd_one.*Erfinv"):
         export_onnx(model, tmp_path / "new" / "model.onnx")
     assert files() == []
     assert capfd.readouterr().err == ""
@@ -162,6 +159,8 @@ def test_overwrite(small, tmp_path, files):
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="overwrite"):
         export_onnx(small.model, path, batch_size=None)
+    with pytest.raises(FileExistsError):  # before anything that takes time
+        export_onnx("not looked at", path)
     assert path.read_bytes() == before
     assert export_onnx(small.model, path, batch_size=None, overwrite=True) == path
     small.check(runner(path), 4)
@@ -212,15 +211,6 @@ def test_missing_converter(missing, small, tmp_path, files, monkeypatch):
     assert files() == []
 
 
-def test_quiet(small, tmp_path, capfd):
-    loggers = [logging.getLogger(name) for name in ("tf2onnx", "tensorflow")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.INFO)
-    try:
-        export_onnx(small.model, tmp_path / "model.onnx")
-        assert [logger.level for logger in loggers] == [logging.INFO] * 2
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    assert capfd.readouterr() == ("", "")
+def test_quiet(small, tmp_path, notes, capfd):
+    export_onnx(small.model, tmp_path / "model.onnx")
+    assert notes == [] and capfd.readouterr() == ("", "")

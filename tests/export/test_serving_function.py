@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from backends import BACKEND
 from backends import tensorflow_only
+
+import keras_proxynorm as kp
 from keras_proxynorm.export import export_onnx
 from keras_proxynorm.export import export_saved_model
 from keras_proxynorm.export.serving_function import serving_function
 
-import keras_proxynorm as kp
-
 
 def signature(model, batch_size=1, input_shape=None):
-    return [(spec.name, tuple(spec.shape), spec.dtype.name) for spec in serving_function(model, batch_size, input_shape)[1]]
+    _, specs = serving_function(model, batch_size, input_shape)
+    return [(spec.name, tuple(spec.shape), spec.dtype.name) for spec in specs]
 
 
 def open_model(*names):
@@ -52,7 +53,7 @@ X = np.ones((2, 4), "float32")
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (lambda: "model", {}, r"`model` must be a keras.Model. Received: model='model'"),
+        (lambda: "model", {}, r"`model` must be a keras\.Model\. Received: model='model'"),
         (lambda: keras.layers.Dense(2), {}, "`model` must be a keras.Model"),
         (lambda: keras.Sequential([keras.layers.Dense(2)]), {}, "`model` must be built.*call it.*keras.Input"),
         (DictModel, {"input_shape": (4,)}, "`model` must be built.*call it"),
@@ -72,9 +73,15 @@ X = np.ones((2, 4), "float32")
         (lambda: open_model("x", "y"), {"input_shape": [(8, 8, 3)]}, "`input_shape` must be"),
         (lambda: open_model("x", "y"), {"input_shape": {"x": (8, 8, 3)}}, "`input_shape` must be"),
         (lambda: open_model("x"), {"input_shape": {"z": (8, 8, 3)}}, "`input_shape` must be"),
-        (lambda: called(DictModel(), {"a": X, "b": X}), {}, "`input_shape` must.*subclassed.*Received: input_shape=None"),
+        (
+            lambda: called(DictModel(), {"a": X, "b": X}),
+            {},
+            "`input_shape` must.*subclassed.*Received: input_shape=None",
+        ),
         (lambda: called(DictModel(), {"a": X, "b": X}), {"input_shape": {"a": 4, "b": 4}}, "`input_shape` must be"),
         (lambda: called(ListModel(), [X, X]), {"input_shape": "no"}, "`input_shape` must be"),
+        (lambda: called(ListModel(), [X, X]), {"input_shape": 4}, "`input_shape` must be"),
+        (lambda: called(ListModel(), [X, X]), {"input_shape": [(4,), 4]}, "`input_shape` must be"),
         (lambda: called(TwoArguments(), X, X), {"input_shape": (4,)}, "`model` must take.*one argument.*keras.Model"),
     ],
 )
@@ -109,7 +116,7 @@ def test_odd_names_survive(name, tmp_path):
     x = keras.Input((4,), name=name)
     model = keras.Model(x, {f"{name}_out": keras.layers.Dense(2)(x)})
     serve = tf.saved_model.load(export_saved_model(model, tmp_path)).signatures["serving_default"]
-    assert list(serve.structured_input_signature[1]) == [name] and list(serve.structured_outputs) == [f"{name}_out"]
+    assert list(serve(**{name: tf.ones((1, 4))})) == [f"{name}_out"]
     graph = onnx.load(export_onnx(model, tmp_path / "model.onnx")).graph
     assert [value.name for value in graph.input] == [name] and graph.output[0].name == f"{name}_out"
 
