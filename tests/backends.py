@@ -10,8 +10,6 @@ BACKEND = keras.backend.backend()
 MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "xla"), "torch": ("eager",)}[BACKEND]
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
-# Keras itself leaves mixed precision on torch's CPU out of its tests: kernels are missing there.
-mixed_precision = pytest.mark.skipif(BACKEND == "torch", reason="torch lacks half-precision kernels on CPU")
 
 
 def compiled(function, mode):

@@ -7,13 +7,14 @@ from keras_proxynorm.moments import ElementwiseActivation
 __all__ = ["normalize", "proxy_moments", "proxy_normalize"]
 
 
-def normalize(x, mean, variance, gamma, beta, epsilon: float):
-    """``gamma (x - mean) / sqrt(variance + epsilon) + beta``, with one factor and one shift per sample and channel.
+def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):
+    """``gamma (x - mean) / sqrt(variance + epsilon) + beta``, where the mean is ``pivot + distance``.
 
     Args:
         x: Float tensor.
-        mean: Tensor that broadcasts against `x`.
-        variance: Tensor of the shape of `mean`.
+        pivot: Tensor that broadcasts against `x`, see `group_moments`.
+        distance: Tensor of the shape of `pivot`.
+        variance: Tensor of the shape of `pivot`.
         gamma: Tensor that broadcasts against `x`, or None for 1.
         beta: Tensor that broadcasts against `x`, or None for 0.
         epsilon: Float, added to the variance.
@@ -24,8 +25,8 @@ def normalize(x, mean, variance, gamma, beta, epsilon: float):
     factor = ops.rsqrt(variance + epsilon)
     if gamma is not None:
         factor = factor * gamma
-    # (x - mean) * factor, not x * factor - mean * factor: the gradient of the factor then sums centered values.
-    y = (x - mean) * factor
+    # Not x * factor - mean * factor: the gradient of the factor then sums centered values.
+    y = ((x - pivot) - distance) * factor
     return y if beta is None else y + beta
 
 

@@ -26,7 +26,9 @@ def group_moments(x, groups: int, axis: int, mask=None):
             enter, whatever is in them; where a whole group is masked the result is 0, 0.
 
     Returns:
-        ``(mean, variance)``, tensors of the rank of `x` with its batch and channel sizes, and size 1 elsewhere.
+        ``(pivot, distance, variance)``, tensors of the rank of `x` with its batch and channel sizes, and size 1
+        elsewhere. The mean is ``pivot + distance``; it comes in two parts because their sum would be rounded, and
+        ``(x - pivot) - distance`` is not. The pivot is a constant for gradients, the distance makes up for it.
     """
     positions = tuple(i for i in range(1, len(x.shape)) if i != axis)
     if mask is None:
@@ -36,12 +38,12 @@ def group_moments(x, groups: int, axis: int, mask=None):
         pivot, distance, variance, counts = _masked_moments(x, _expand_mask(mask, x), positions)
     channels = x.shape[axis]
     if groups == channels:
-        return pivot + distance, variance
+        return pivot, distance, variance
 
     def split(value):
         return ops.reshape(value, (-1, groups, channels // groups))
 
-    pivot, distance, variance = split(pivot), split(distance), split(variance)
+    channel_pivot, pivot, distance, variance = pivot, split(pivot), split(distance), split(variance)
     if counts is None:
         origin = pivot[:, :, :1]
 
@@ -56,17 +58,16 @@ def group_moments(x, groups: int, axis: int, mask=None):
             return ops.sum(weights * value, axis=2, keepdims=True)
 
         origin = average(pivot)
-    # Pivots are close to each other, so their difference is exact where their sum with the distances is rounded.
-    distance = (pivot - origin) + distance
+    # The pivots of a group are close to each other, so that their differences are exact.
+    offset = pivot - origin
+    distance = offset + distance
     group_distance = average(distance)
     group_variance = average(variance + ops.square(distance - group_distance))
 
-    merged = [1] * len(x.shape)
-    merged[0], merged[axis] = -1, channels
-    return tuple(
-        ops.reshape(ops.broadcast_to(value, ops.shape(pivot)), merged)
-        for value in (origin + group_distance, group_variance)
-    )
+    def merge(value):
+        return ops.reshape(value, ops.shape(channel_pivot))
+
+    return channel_pivot, merge(group_distance - offset), merge(group_variance + ops.zeros_like(pivot))
 
 
 def _moments(x, axes):

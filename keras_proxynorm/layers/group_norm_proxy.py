@@ -168,8 +168,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
     def _normalize(self, x, mask, gamma, beta):
         axis = self._channel_axis(x.shape)
         groups = x.shape[axis] if self.groups == -1 else self.groups
-        mean, variance = kernels.group_moments(x, groups, axis, mask)
-        return kernels.normalize(x, mean, variance, gamma, beta, self.epsilon)
+        moments = kernels.group_moments(x, groups, axis, mask)
+        return kernels.normalize(x, *moments, gamma, beta, self.epsilon)
 
     def get_config(self):
         return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

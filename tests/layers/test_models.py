@@ -7,7 +7,6 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import mixed_precision
 from backends import numpy
 from backends import tensorflow_only
 from layers.samples import normal
@@ -66,7 +65,6 @@ def test_fit(make, jit_compile):
     )
 
 
-@mixed_precision
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_fit_in_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
