@@ -110,7 +110,8 @@ def _at_least_one(counts):
 
 
 def _expand_mask(mask, x):
-    if len(mask.shape) > len(x.shape):
+    sizes = zip(mask.shape, x.shape, strict=False)
+    if len(mask.shape) > len(x.shape) or any(None not in (a, b) and a not in (1, b) for a, b in sizes):
         raise ValueError(
             "Argument `mask` must have the shape of the inputs or of their leading axes. "
             f"Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(x.shape)}"

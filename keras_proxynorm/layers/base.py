@@ -1,10 +1,12 @@
 """What the proxy-normalized layers share: their arguments, weights, config and error messages."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 from typing import TypeAlias
 
 import keras
+import numpy as np
 from keras import constraints
 from keras import initializers
 from keras import ops
@@ -15,10 +17,21 @@ from keras_proxynorm.moments import check_method
 from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
 
-__all__ = ["ActivationLike", "ProxyNormalizationLayer"]
+__all__ = [
+    "ActivationLike",
+    "ConstraintLike",
+    "InitializerLike",
+    "ProxyNormalizationLayer",
+    "RegularizerLike",
+    "as_epsilon",
+    "as_integer",
+]
 
 # A layer is a callable, too.
 ActivationLike: TypeAlias = str | Callable | dict | None
+InitializerLike: TypeAlias = str | Callable | dict
+RegularizerLike: TypeAlias = str | Callable | dict | None
+ConstraintLike: TypeAlias = str | Callable | dict | None
 
 
 class ProxyNormalizationLayer(keras.layers.Layer):
@@ -32,27 +45,26 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         axis: int,
         center: bool,
         scale: bool,
-        beta_initializer,
-        gamma_initializer,
-        beta_regularizer,
-        gamma_regularizer,
-        beta_constraint,
-        gamma_constraint,
+        beta_initializer: InitializerLike,
+        gamma_initializer: InitializerLike,
+        beta_regularizer: RegularizerLike,
+        gamma_regularizer: RegularizerLike,
+        beta_constraint: ConstraintLike,
+        gamma_constraint: ConstraintLike,
         activation: ActivationLike,
         proxy_epsilon: float,
         proxy_moments: str,
         num_quantiles: int,
         learn_proxy: bool,
-        proxy_initializer,
-        proxy_regularizer,
-        proxy_constraint,
+        proxy_initializer: InitializerLike,
+        proxy_regularizer: RegularizerLike,
+        proxy_constraint: ConstraintLike,
         **kwargs,
     ):
-        if isinstance(axis, bool) or not isinstance(axis, int):
-            raise ValueError(f"Argument `axis` must be an integer, the channel axis. Received: axis={axis!r}")
-        check_epsilon("proxy_epsilon", proxy_epsilon)
+        axis = as_integer("axis", axis, "an integer, the channel axis")
+        proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
         check_method(proxy_moments, num_quantiles, name="proxy_moments")
-        elementwise = resolve_activation(activation)
+        resolve_activation(activation)  # an error before there is a layer
         super().__init__(**kwargs)
         self.supports_masking = True
         # Statistics are float32 whatever the policy, so the input must not be cast to float16 on the way in.
@@ -66,7 +78,7 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
-        self.activation = keras.activations.get(activation)
+        self.activation = activation
         self.proxy_epsilon = proxy_epsilon
         self.proxy_moments = proxy_moments
         self.num_quantiles = num_quantiles
@@ -74,10 +86,25 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self.proxy_initializer = initializers.get(proxy_initializer)
         self.proxy_regularizer = regularizers.get(proxy_regularizer)
         self.proxy_constraint = constraints.get(proxy_constraint)
-        self._elementwise = elementwise
         self.gamma = None
         self.beta = None
         self.proxy = None
+
+    @property
+    def activation(self):
+        """The activation, as a function or a layer. Assigning another one takes effect at the next call or tracing."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: ActivationLike):
+        elementwise = resolve_activation(activation)
+        if self.built and elementwise.is_identity != (self.proxy is None):
+            raise ValueError(
+                "The activation of a layer that is built cannot change between None and another, because only one of "
+                f"them has a proxy. Make a new layer. Received: activation={activation!r}"
+            )
+        self._elementwise = elementwise
+        self._activation = keras.activations.get(activation)
 
     @property
     def proxy_mean(self):
@@ -87,9 +114,11 @@ class ProxyNormalizationLayer(keras.layers.Layer):
     @property
     def proxy_stddev(self):
         """Standard deviation of the proxy of each channel, shape ``(channels,)``; None like `proxy_mean`."""
-        return None if self.proxy is None else 1.0 + self.proxy[1]
+        return None if self.proxy is None else ops.abs(1.0 + self.proxy[1])
 
     def build(self, input_shape):
+        if any(isinstance(size, (list, tuple)) for size in input_shape):
+            raise ValueError(f"The inputs must be one tensor, not several. Received: inputs of shapes {input_shape}")
         axis = self._channel_axis(input_shape)
         channels = input_shape[axis]
         if channels is None:
@@ -200,15 +229,15 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         expected, received = {variable.name for variable in variables}, set(store.keys())
         if expected != received:
             raise ValueError(
-                f"Layer '{self.name}' ({type(self).__name__}) expected the variables {sorted(expected)} but the file "
-                f"has {sorted(received)}. Weights of another normalization layer cannot be loaded into it; carry them "
-                "over with `set_weights` if they mean the same."
+                f"Layer '{self.name}' ({type(self).__name__}) expected the variables {sorted(expected)}, but the file "
+                f"has {sorted(received) or 'none'} in its place. Weights of another kind of layer cannot be loaded "
+                "into it; carry them over with `set_weights` if they mean the same."
             )
         for variable in variables:
             variable.assign(store[variable.name])
 
     def _own_variables(self):
-        return [weight for weight in (self.gamma, self.beta, self.proxy) if weight is not None]
+        return [*self._trainable_variables, *self._non_trainable_variables]
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -236,7 +265,15 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         return config
 
 
-def check_epsilon(name: str, value: float) -> None:
-    """Raises a ValueError unless `value` is a number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+def as_integer(name: str, value, expected: str) -> int:
+    """`value` as a Python integer, or a ValueError; NumPy's integers are integers too, booleans are not."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
+    return int(value)
+
+
+def as_epsilon(name: str, value) -> float:
+    """`value` as a Python float that is not negative, or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
         raise ValueError(f"Argument `{name}` must be a number that is not negative. Received: {name}={value!r}")
+    return float(value)

@@ -6,8 +6,12 @@ import keras
 
 from keras_proxynorm import kernels
 from keras_proxynorm.layers.base import ActivationLike
+from keras_proxynorm.layers.base import ConstraintLike
+from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import ProxyNormalizationLayer
-from keras_proxynorm.layers.base import check_epsilon
+from keras_proxynorm.layers.base import RegularizerLike
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.layers.base import as_integer
 
 __all__ = ["GroupNormProxy"]
 
@@ -69,7 +73,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
         inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
             Integers are refused.
         mask: Optional boolean tensor of the shape of the inputs or of their leading axes, such as
-            ``(batch, steps)``. Masked positions do not enter the statistics.
+            ``(batch, steps)``. Masked positions do not enter the statistics; they are normalized with those of the
+            others.
 
     Output:
         A tensor of the shape of the inputs in the layer's compute dtype. Statistics, affine, activation and moments are
@@ -103,29 +108,28 @@ class GroupNormProxy(ProxyNormalizationLayer):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
+        beta_initializer: InitializerLike = "zeros",
+        gamma_initializer: InitializerLike = "ones",
+        beta_regularizer: RegularizerLike = None,
+        gamma_regularizer: RegularizerLike = None,
+        beta_constraint: ConstraintLike = None,
+        gamma_constraint: ConstraintLike = None,
         *,
         activation: ActivationLike = "relu",
         proxy_epsilon: float = 0.03,
         proxy_moments: str = "exact",
         num_quantiles: int = 256,
         learn_proxy: bool = True,
-        proxy_initializer="zeros",
-        proxy_regularizer=None,
-        proxy_constraint=None,
+        proxy_initializer: InitializerLike = "zeros",
+        proxy_regularizer: RegularizerLike = None,
+        proxy_constraint: ConstraintLike = None,
         **kwargs,
     ):
-        if isinstance(groups, bool) or not isinstance(groups, int) or (groups < 1 and groups != -1):
-            raise ValueError(
-                "Argument `groups` must be a positive integer, or -1 for one group for each channel. "
-                f"Received: groups={groups!r}"
-            )
-        check_epsilon("epsilon", epsilon)
+        expected = "a positive integer, or -1 for one group for each channel"
+        groups = as_integer("groups", groups, expected)
+        if groups < 1 and groups != -1:
+            raise ValueError(f"Argument `groups` must be {expected}. Received: groups={groups}")
+        epsilon = as_epsilon("epsilon", epsilon)
         super().__init__(
             axis=axis,
             center=center,

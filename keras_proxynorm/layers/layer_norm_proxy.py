@@ -3,6 +3,9 @@
 import keras
 
 from keras_proxynorm.layers.base import ActivationLike
+from keras_proxynorm.layers.base import ConstraintLike
+from keras_proxynorm.layers.base import InitializerLike
+from keras_proxynorm.layers.base import RegularizerLike
 from keras_proxynorm.layers.group_norm_proxy import GroupNormProxy
 
 __all__ = ["LayerNormProxy"]
@@ -63,21 +66,21 @@ class LayerNormProxy(GroupNormProxy):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
+        beta_initializer: InitializerLike = "zeros",
+        gamma_initializer: InitializerLike = "ones",
+        beta_regularizer: RegularizerLike = None,
+        gamma_regularizer: RegularizerLike = None,
+        beta_constraint: ConstraintLike = None,
+        gamma_constraint: ConstraintLike = None,
         *,
         activation: ActivationLike = "relu",
         proxy_epsilon: float = 0.03,
         proxy_moments: str = "exact",
         num_quantiles: int = 256,
         learn_proxy: bool = True,
-        proxy_initializer="zeros",
-        proxy_regularizer=None,
-        proxy_constraint=None,
+        proxy_initializer: InitializerLike = "zeros",
+        proxy_regularizer: RegularizerLike = None,
+        proxy_constraint: ConstraintLike = None,
         **kwargs,
     ):
         if "groups" in kwargs:

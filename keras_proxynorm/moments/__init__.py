@@ -20,13 +20,14 @@ __all__ = [
 ]
 
 
-def activation_moments(activation, mean, stddev, method: str = "exact", num_quantiles: int = 256):
+def activation_moments(activation, mean, stddev, method: str = "exact", num_quantiles: int = 256) -> tuple:
     """Mean and variance of an activation of a Gaussian, ``phi(U)`` with ``U ~ N(mean, stddev ** 2)``.
 
     This is what Proxy Normalization subtracts and divides by. ``"exact"`` uses a closed form for relu, leaky relu,
-    the exponential and the identity, and quadrature otherwise. In float32 its error is below 2e-6 for ``|mean| <= 8``
-    and ``stddev <= 5``, in units of ``sqrt(variance + 0.03)`` (and of the mean, where that is larger than 1). It is
-    differentiable in `mean` and `stddev`, twice as well, and works inside compiled functions.
+    the exponential and the identity, and quadrature otherwise. In float32, for the functions of `keras.activations`,
+    ``|mean| <= 8`` and ``stddev <= 5``, its error is below 6e-6 in units of ``sqrt(variance + 0.03)`` (and of the
+    mean, where that is larger than 1). It is differentiable in `mean` and `stddev`, twice as well, and works inside
+    compiled functions.
 
     For smooth activations the rule has 129 nodes over 6.5 standard deviations: beyond ``stddev = 5`` they become too
     few for tanh-like steps (2e-4 at 10). For activations that grow faster than a polynomial, other than
@@ -63,7 +64,7 @@ def activation_moments(activation, mean, stddev, method: str = "exact", num_quan
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     check_method(method, num_quantiles)
-    if isinstance(stddev, (float, int, np.ndarray, list, tuple)) and np.any(np.asarray(stddev) < 0):
+    if isinstance(stddev, (float, int, np.generic, np.ndarray, list, tuple)) and np.any(np.asarray(stddev) < 0):
         raise ValueError(f"Argument `stddev` must not be negative. Received: stddev={stddev}")
     # The dtypes first: some backends turn NumPy's float64 into float32 on conversion.
     dtype = computation_dtype(*(x.dtype if hasattr(x, "dtype") else "float32" for x in (mean, stddev)))

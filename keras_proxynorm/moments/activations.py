@@ -1,9 +1,12 @@
 """What is known about each activation: where its kinks are, whether it has a closed form, whether it is elementwise."""
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
+from collections.abc import Hashable
 from collections.abc import Iterable
 
 import keras
@@ -76,6 +79,11 @@ def _threshold_shape(threshold, default_value):
     return {"kinks": (float(threshold),)}
 
 
+def _squareplus_shape(b=4):
+    # Smooth, but the closer b comes to 0, the more like relu.
+    return {"kinks": (0.0,) if b < 1 else ()}
+
+
 def _kinks_at(*kinks):
     return lambda **_: {"kinks": kinks}
 
@@ -93,6 +101,7 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
     activations.softsign: _kinks_at(0.0),
     activations.soft_shrink: _shrink_shape,
     activations.hard_shrink: _shrink_shape,
+    activations.squareplus: _squareplus_shape,
     activations.threshold: _threshold_shape,
     activations.hard_tanh: _kinks_at(-1.0, 1.0),
     activations.hard_sigmoid: _kinks_at(-3.0, 3.0),
@@ -107,7 +116,6 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
             activations.sigmoid,
             activations.silu,
             activations.softplus,
-            activations.squareplus,
             activations.tanh,
             activations.tanh_shrink,
         ),
@@ -118,7 +126,7 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
 _NOT_ELEMENTWISE = (activations.glu, activations.log_softmax, activations.softmax, activations.sparsemax)
 
 # Filled by register_activation: functions, or classes of activation layers, and their kinks.
-_REGISTERED: dict[Callable, tuple[float, ...]] = {}
+_REGISTERED: dict[Hashable, tuple[float, ...]] = {}
 
 
 def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
@@ -137,7 +145,7 @@ def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
         `fn`, unchanged.
 
     Raises:
-        ValueError: If `fn` is not callable, or if `kinks` are not finite numbers.
+        ValueError: If `fn` is not a function or a class, or if `kinks` are not finite numbers.
 
     Example:
 
@@ -150,8 +158,11 @@ def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
     >>> print(f"{float(variance):.5f}")
     0.15068
     """
-    if not callable(fn):
-        raise ValueError(f"Argument `fn` must be a callable of one tensor. Received: fn={fn!r}")
+    if not callable(fn) or not isinstance(fn, Hashable) or isinstance(fn, keras.layers.Layer):
+        raise ValueError(
+            "Argument `fn` must be a function of one tensor or a class of activation layers, not an instance. "
+            f"Received: fn={fn!r}"
+        )
     try:
         points = tuple(sorted({float(kink) for kink in kinks}))
     except (TypeError, ValueError):
@@ -176,46 +187,48 @@ def resolve_activation(activation) -> ElementwiseActivation:
     """
     try:
         function = activations.get(activation)
-    except (TypeError, ValueError) as error:
-        names = ", ".join(sorted(function.__name__ for function in _SHAPES))
+    except (TypeError, ValueError):
+        function = None
+    if function is None or inspect.isclass(function):
+        names = ", ".join(sorted(known.__name__ for known in _SHAPES if known is not activations.threshold))
         raise ValueError(
-            f"Argument `activation` must be the name of an activation ({names}), a callable or a parameter-free Keras "
-            f"activation layer. Received: activation={activation!r}"
-        ) from error
-    function, arguments = _unwrap(function)
-    if function in _NOT_ELEMENTWISE or isinstance(function, keras.layers.Softmax):
+            f"Argument `activation` must be the name of an activation ({names}), a callable or an instance of a "
+            f"parameter-free Keras activation layer. Received: activation={activation!r}"
+        )
+    is_layer = isinstance(function, keras.layers.Layer)
+    if is_layer and (isinstance(function, keras.layers.PReLU) or function.weights):
+        raise ValueError(
+            "Argument `activation` must have no weights: proxy normalization needs one function for all elements. "
+            f"Received: activation={activation!r}"
+        )
+    # Not a layer's __call__, which would cast to the layer's own compute dtype.
+    call = function.call if is_layer else function
+    key = type(function) if is_layer else function
+    if isinstance(key, Hashable) and key in _REGISTERED:
+        return ElementwiseActivation(call, _REGISTERED[key])
+
+    known, arguments = _unwrap(function)
+    if known in _NOT_ELEMENTWISE or isinstance(function, keras.layers.Softmax):
         raise _not_elementwise(activation)
-    if isinstance(function, keras.layers.Layer):
-        if isinstance(function, keras.layers.PReLU) or function.weights:
-            raise ValueError(
-                "Argument `activation` must have no weights: proxy normalization needs one function for all elements. "
-                f"Received: activation={activation!r}"
-            )
-        # Not __call__, which would cast to the activation layer's own compute dtype.
-        call = function.call
-        if type(function) in _REGISTERED:
-            return ElementwiseActivation(call, _REGISTERED[type(function)])
+    if known not in _SHAPES:
         return _examine(call, activation)
-    if function in _REGISTERED:
-        return ElementwiseActivation(function, _REGISTERED[function])
-    if function in _SHAPES:
-        call = functools.partial(function, **arguments) if arguments else function
-        try:
-            return ElementwiseActivation(call, **_SHAPES[function](**arguments))
-        except TypeError as error:
-            raise ValueError(
-                f"Argument `activation` must be callable with one tensor; {function.__name__} needs more arguments. "
-                f"Wrap it in a function of one tensor. Received: activation={activation!r}"
-            ) from error
-    return _examine(functools.partial(function, **arguments) if arguments else function, activation)
+    try:
+        shape = _SHAPES[known](**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"Argument `activation` must be callable with one tensor; {known.__name__} needs other arguments. Wrap it "
+            f"in a function of one tensor. Received: activation={activation!r}"
+        ) from error
+    return ElementwiseActivation(functools.partial(known, **arguments) if arguments else known, **shape)
 
 
 def _unwrap(function):
-    """A function of keras.activations and its keyword arguments, for the layers and partials that stand for one."""
-    if isinstance(function, keras.layers.Activation):
+    """The function of keras.activations that `function` stands for, or None, and its keyword arguments."""
+    if type(function) is keras.layers.Activation:
         return _unwrap(function.activation)
     if isinstance(function, functools.partial) and not function.args:
-        return function.func, function.keywords
+        inner, arguments = _unwrap(function.func)
+        return inner, {**arguments, **function.keywords}
     if type(function) is keras.layers.ReLU:
         config = {key: getattr(function, key) for key in ("negative_slope", "max_value", "threshold")}
         return activations.relu, config
@@ -223,7 +236,9 @@ def _unwrap(function):
         return activations.leaky_relu, {"negative_slope": function.negative_slope}
     if type(function) is keras.layers.ELU:
         return activations.elu, {"alpha": function.alpha}
-    return function, {}
+    if isinstance(function, Hashable) and (function in _SHAPES or function in _NOT_ELEMENTWISE):
+        return function, {}
+    return None, {}
 
 
 # Dense around 0 and reaching far out, so that relu is not taken for relu(max_value=20).
@@ -232,39 +247,46 @@ _PROBE = _PROBE[:120].reshape(10, 12).astype("float32")
 
 
 def _examine(function, activation):
-    """Checks by evaluation that an unregistered function is elementwise, and whether it needs kinks."""
-    column, part = _PROBE.reshape(-1, 1), _PROBE[3:7, 2:9]
-    try:
-        values = [function(ops.convert_to_tensor(x)) for x in (_PROBE, column, part)]
-        shapes = [tuple(x.shape) for x in values]
-    except Exception as error:
-        raise ValueError(
-            "Argument `activation` must be callable with one float tensor of any shape. "
-            f"Received: activation={activation!r}, which fails with {type(error).__name__}: {error}"
-        ) from error
-    try:
-        values = [ops.convert_to_numpy(x) for x in values]
-    except Exception:
-        # Built inside a traced function: nothing has a value to look at.
-        return ElementwiseActivation(function)
-    whole = values[0]
-    if (
-        shapes != [_PROBE.shape, column.shape, part.shape]
-        or not _same(whole.reshape(-1, 1), values[1])
-        or not _same(whole[3:7, 2:9], values[2])
-    ):
-        raise _not_elementwise(activation)
-    for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
-        if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
-            return ElementwiseActivation(function, **shape_of())
-    inaccuracy = _inaccuracy_as_smooth(function)
+    """Checks by evaluation that an unknown function is elementwise, and whether the quadrature does it justice."""
+    parts = (_PROBE, _PROBE.reshape(-1, 1), _PROBE[3:7, 2:9])
+    with _outside_of_traces():
+        try:
+            values = [ops.convert_to_numpy(function(ops.convert_to_tensor(x))) for x in parts]
+        except Exception as error:
+            raise ValueError(
+                "Argument `activation` must be callable with one float tensor of any shape. "
+                f"Received: activation={activation!r}, which fails with {type(error).__name__}: {error}"
+            ) from error
+        whole, column, block = values
+        if [x.shape for x in values] != [x.shape for x in parts] or not (
+            _same(whole.reshape(-1, 1), column) and _same(whole[3:7, 2:9], block)
+        ):
+            raise _not_elementwise(activation)
+        for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
+            if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
+                return ElementwiseActivation(function, **shape_of())
+        inaccuracy = _inaccuracy_as_smooth(function)
     if inaccuracy > 3e-5:
         warnings.warn(
-            f"The activation {activation!r} seems to have a kink or a jump: its proxy moments would be off by about "
-            f"{inaccuracy:.0e}. Say where with keras_proxynorm.register_activation(fn, kinks=(...)).",
+            f"The moments of the activation {activation!r} will be off by about {inaccuracy:.0e}, because it does not "
+            "look smooth. If it has kinks or jumps, say where with keras_proxynorm.register_activation(fn, "
+            "kinks=(...)); if it is right as it is, register it without kinks.",
             stacklevel=2,
         )
     return ElementwiseActivation(function)
+
+
+def _outside_of_traces():
+    """Where tensors have values, also while a function around it is being traced."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
 
 
 def _not_elementwise(activation):
@@ -280,10 +302,10 @@ def _same(a, b):
 
 def _inaccuracy_as_smooth(function):
     """How far the rule for smooth functions is from one with ten times as many nodes, in units of the output."""
-    mean = ops.convert_to_tensor(np.linspace(-4.1, 3.9, 33, dtype="float32"))
-    stddev = ops.ones_like(mean)
+    mean = ops.convert_to_tensor(np.tile(np.linspace(-4.1, 3.9, 33, dtype="float32"), 2))
+    stddev = ops.convert_to_tensor(np.repeat(np.float32([1, 2]), 33))
     coarse_mean, coarse_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev))
     fine_mean, fine_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev, nodes=1291))
     scale = np.sqrt(fine_variance + 0.03)
-    error = np.maximum(np.abs(coarse_mean - fine_mean), np.abs(np.sqrt(coarse_variance + 0.03) - scale)) / scale
+    error = np.abs(coarse_mean - fine_mean) / scale + np.abs(np.sqrt(coarse_variance + 0.03) / scale - 1)
     return float(np.max(error, initial=0.0, where=np.isfinite(error)))

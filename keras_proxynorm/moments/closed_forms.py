@@ -50,4 +50,5 @@ def exponential_moments(mean, stddev):
     """Mean and variance of ``exp(U)``, ``U ~ N(mean, stddev ** 2)``: the log-normal distribution."""
     variance = ops.square(stddev)
     output_mean = ops.exp(mean + 0.5 * variance)
-    return output_mean, ops.square(output_mean) * ops.expm1(variance)
+    # In this order, so that a large mean with a standard deviation of 0 is not infinity times 0.
+    return output_mean, output_mean * (output_mean * ops.expm1(variance))

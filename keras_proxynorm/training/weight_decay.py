@@ -8,15 +8,18 @@ import keras
 __all__ = ["exclude_norm_from_weight_decay"]
 
 
-def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model):
+def exclude_norm_from_weight_decay(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model
+) -> keras.optimizers.Optimizer:
     """Excludes every `gamma` and `beta` of a model from an optimizer's weight decay, and nothing else.
 
     This is the rule of the paper: the proxies decay with the strength of the kernels, scales and offsets do not decay.
-    It covers the scales and offsets of Keras's own normalization layers too: all trainable weights that are named
-    exactly ``gamma`` or ``beta``. Weights that the optimizer excludes already stay excluded.
+    It covers the scales and offsets of Keras's own normalization layers too: all weights that are named exactly
+    ``gamma`` or ``beta``. Weights that the optimizer excludes already stay excluded.
 
     `keras.optimizers.Muon` treats every matrix as a kernel, the proxies included; make it with
-    ``Muon(exclude_layers=["proxy"])``, then the proxies get its AdamW step and `adam_weight_decay`.
+    ``Muon(exclude_layers=["proxy"])``, then the proxies get its AdamW step and `adam_weight_decay`. (It is a regular
+    expression for the paths of weights: take ``"/proxy$"`` if names of yours contain "proxy".)
 
     Call it before `fit`. Keras does not save exclusions: after `keras.models.load_model`, call it again with
     ``model.optimizer`` before training goes on.
@@ -49,6 +52,8 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
         raise ValueError(
             f"Argument `optimizer` must be a keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
         )
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
     if not model.built:
         raise ValueError(
             "Argument `model` must be built, because an optimizer excludes weights and not names; call "
@@ -62,7 +67,7 @@ def exclude_norm_from_weight_decay(optimizer: keras.optimizers.Optimizer, model:
     inner = optimizer
     while isinstance(inner, keras.optimizers.LossScaleOptimizer):
         inner = inner.inner_optimizer
-    weights = model.trainable_weights
+    weights = model.weights  # with those of frozen layers, which may thaw
     # Asking first keeps what was excluded before: exclude_from_weight_decay replaces its lists.
     inner.exclude_from_weight_decay(
         var_list=[w for w in weights if w.name in ("gamma", "beta") or not inner._use_weight_decay(w)]

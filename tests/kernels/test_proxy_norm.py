@@ -15,7 +15,9 @@ def test_normalize():
     pivot, distance, variance = (np.full((2, 1, 4), value, "float32") for value in (0.5, -0.2, 2.0))
     gamma, beta = np.arange(4, dtype="float32").reshape(1, 1, 4), np.float32([[[1, 2, 3, 4]]])
     y = (x - 0.3) / np.sqrt(variance + 0.1)
-    np.testing.assert_allclose(numpy(kernels.normalize(*tensors(x, pivot, distance, variance), None, None, 0.1)), y, rtol=1e-5)
+    np.testing.assert_allclose(
+        numpy(kernels.normalize(*tensors(x, pivot, distance, variance), None, None, 0.1)), y, rtol=1e-5
+    )
     found = kernels.normalize(*tensors(x, pivot, distance, variance, gamma, beta), 0.1)
     np.testing.assert_allclose(numpy(found), gamma * y + beta, rtol=1e-5, atol=1e-6)
 

@@ -218,7 +218,9 @@ def test_masked_steps_do_not_enter(name, mode):
     assert np.all(np.isfinite(y)) and np.all(np.isfinite(other_y))
 
     def loss(x):
-        return keras.ops.sum(keras.ops.square(layer(x, mask=tensors(mask)[0])) * tensors(mask[..., None].astype("float32"))[0])
+        return keras.ops.sum(
+            keras.ops.square(layer(x, mask=tensors(mask)[0])) * tensors(mask[..., None].astype("float32"))[0]
+        )
 
     (gradient,) = gradients(loss, *tensors(other))
     assert np.all(np.isfinite(numpy(gradient)))
@@ -266,6 +268,23 @@ def test_bad_arguments(name, kwargs, message):
 def test_bad_shapes(name, axis, shape, message):
     with pytest.raises(ValueError, match=message):
         LAYERS[name](axis=axis).build(shape)
+
+
+@every_layer
+def test_several_tensors_are_refused(name):
+    with pytest.raises(ValueError, match="one tensor, not several"):
+        LAYERS[name]()([normal(2, 4, 8), normal(2, 4, 8)])
+
+
+def test_numpy_numbers_are_numbers():
+    layer = kp.GroupNormProxy(np.gcd(32, 8), axis=np.int64(-1), epsilon=np.float32(1e-3), proxy_epsilon=1)
+    assert type(layer.groups) is type(layer.axis) is int and type(layer.epsilon) is float
+    assert kp.GroupNormProxy.from_config(layer.get_config()).get_config() == layer.get_config()
+
+
+def test_mask_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="`mask`.*mask.shape=.2, 5.*inputs.shape=.2, 6, 8"):
+        built(LAYERS["group"], (2, 6, 8))(normal(2, 6, 8), mask=tensors(np.ones((2, 5), bool))[0])
 
 
 @every_layer

@@ -161,9 +161,57 @@ def test_legacy_h5_of_a_batch_normalization_never_loads(tmp_path):
                 target.load_weights(tmp_path / "batch.h5", by_name=by_name)
 
 
-def test_the_error_of_a_foreign_weights_file_names_the_variables(tmp_path):
-    source = keras.Sequential([keras.Input((5, 8)), keras.layers.BatchNormalization()])
+class Block(keras.layers.Layer):
+    """Holds a layer under a name that says nothing of its class, so that weights files fit by place alone."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def build(self, input_shape):
+        self.norm.build(input_shape)
+
+    def call(self, inputs):
+        return self.norm(inputs)
+
+
+@every_layer
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("scale", [False, True])
+def test_batch_normalization_never_loads_by_place(name, center, scale, tmp_path):
+    source = keras.Sequential([keras.Input((5, 8)), Block(keras.layers.BatchNormalization(center=center, scale=scale))])
     source.save_weights(tmp_path / "batch.weights.h5")
-    target = keras.Sequential([keras.Input((5, 8)), kp.GroupNormProxy(4)])
-    with pytest.raises(ValueError, match=r"expected the variables \['beta', 'gamma', 'proxy'\] but the file has"):
+    target = keras.Sequential([keras.Input((5, 8)), Block(LAYERS[name]())])
+    before = target.get_weights()
+    with pytest.raises(ValueError, match=r"expected the variables \[.*\], but the file has \['0', '1'"):
         target.load_weights(tmp_path / "batch.weights.h5")
+    for a, b in zip(target.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class WithCounter(kp.GroupNormProxy):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.counter = self.add_weight(name="counter", shape=(3,), initializer="zeros", trainable=False)
+
+
+def test_weights_of_a_subclass_are_saved(tmp_path):
+    model, other = (keras.Sequential([keras.Input((5, 8)), WithCounter(4)]) for _ in range(2))
+    model.layers[0].counter.assign([1, 2, 3])
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(numpy(other.layers[0].counter), [1, 2, 3])
+
+
+def test_another_activation_can_be_assigned(tmp_path):
+    model, x = randomize(make_model("group")), normal(2, 6, 6, 3)
+    layer = model.get_layer("norm")
+    layer.activation = "silu"
+    other = kp.GroupNormProxy(4, activation="silu")
+    other.build((None, 6, 6, 8))
+    other.set_weights(layer.get_weights())
+    np.testing.assert_array_equal(numpy(layer(normal(2, 6, 6, 8))), numpy(other(normal(2, 6, 6, 8))))
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(keras.models.load_model(tmp_path / "model.keras")(x)), numpy(model(x)))
+    with pytest.raises(ValueError, match="cannot change between None and another.*Received: activation=None"):
+        layer.activation = None

@@ -156,6 +156,12 @@ def test_symmetry(mean, stddev):
         np.testing.assert_allclose(v, mirrored_v, atol=1e-4)
 
 
+def test_exponential_of_a_large_mean_without_deviation():
+    mean, variance = moments("exponential", 50.0, 0.0)
+    np.testing.assert_allclose(mean, np.exp(50), rtol=1e-5)
+    assert variance == 0
+
+
 def test_shapes_and_dtypes():
     mean, variance = activation_moments("relu", np.zeros((3, 1), "float16"), np.ones(4, "float16"))
     assert tuple(mean.shape) == tuple(variance.shape) == (3, 4)

@@ -70,6 +70,14 @@ def test_earlier_exclusions_stay():
     assert decayed(model, optimizer) == kernels_and_proxies(model, biases=False) - {"head/kernel"}
 
 
+def test_frozen_layers_stay_excluded_when_they_thaw():
+    model = make_model()
+    model.get_layer("ours").trainable = False
+    optimizer = kp.exclude_norm_from_weight_decay(OPTIMIZERS["adamw"](), model)
+    model.get_layer("ours").trainable = True
+    assert decayed(model, optimizer) == kernels_and_proxies(model)
+
+
 def test_muon_leaves_the_proxies_to_adam():
     model = make_model()
     optimizer = kp.exclude_norm_from_weight_decay(OPTIMIZERS["muon"](), model)
@@ -102,6 +110,8 @@ def test_errors():
         kp.exclude_norm_from_weight_decay(OPTIMIZERS["adamw"](), keras.Sequential([kp.LayerNormProxy()]))
     with pytest.raises(ValueError, match="`optimizer`.*Received: optimizer='adam'"):
         kp.exclude_norm_from_weight_decay("adam", make_model())
+    with pytest.raises(ValueError, match="`model`.*Received: model=None"):
+        kp.exclude_norm_from_weight_decay(OPTIMIZERS["adamw"](), None)
     model = make_model()
     decayed(model, OPTIMIZERS["adamw"]())
     with pytest.raises(ValueError, match="`optimizer` is in use.*`model.compile` again"):

@@ -1,0 +1,192 @@
+"""The registry: what is recognized, refused, examined and warned about."""
+
+import dataclasses
+import functools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from backends import MODES
+from backends import compiled
+from backends import numpy
+from backends import tensors
+from keras import ops
+
+from keras_proxynorm import activation_moments
+from keras_proxynorm import register_activation
+from keras_proxynorm.moments import resolve_activation
+
+POINTS = np.float32([-7, -3, -1.5, -0.7, -0.2, 0, 0.3, 0.9, 2, 5.5, 6.5])
+
+
+def values(function):
+    return numpy(function(*tensors(POINTS)))
+
+
+ELEMENTWISE = [
+    name
+    for name in sorted(dir(keras.activations))
+    if name not in ("deserialize", "get", "serialize", "glu", "log_softmax", "softmax", "sparsemax", "threshold")
+    and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_every_elementwise_function_of_keras_is_known(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_name = resolve_activation(name)
+        by_function = resolve_activation(getattr(keras.activations, name))
+    assert by_name == by_function
+    np.testing.assert_array_equal(values(by_name.function), values(getattr(keras.activations, name)))
+
+
+class Twice(keras.layers.Activation):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+@dataclasses.dataclass
+class Scaled:
+    """A callable that has no hash."""
+
+    factor: float
+
+    def __call__(self, x):
+        return self.factor * ops.tanh(x)
+
+
+@pytest.mark.parametrize(
+    "activation, expected, kinks",
+    [
+        (keras.layers.ReLU(), lambda x: ops.relu(x), (0,)),
+        (keras.layers.ReLU(max_value=2), lambda x: ops.clip(x, 0, 2), (0, 2)),
+        (keras.layers.LeakyReLU(0.1), lambda x: ops.leaky_relu(x, 0.1), (0,)),
+        (keras.layers.ELU(2.0), lambda x: ops.elu(x, 2.0), (0,)),
+        (keras.layers.Activation("hard_silu"), lambda x: ops.hard_silu(x), (-3, 3)),
+        (Twice("silu"), lambda x: 2 * ops.silu(x), ()),
+        (functools.partial(keras.activations.leaky_relu, negative_slope=0.3), lambda x: ops.leaky_relu(x, 0.3), (0,)),
+        (functools.partial(keras.activations.soft_shrink, threshold=1.0), lambda x: ops.soft_shrink(x, 1.0), (-1, 1)),
+        (functools.partial(keras.activations.squareplus, b=0), lambda x: ops.relu(x), (0,)),
+        (ops.relu, ops.relu, (0,)),
+        (lambda x: ops.maximum(x, ops.zeros_like(x)), ops.relu, (0,)),
+        (lambda x: ops.clip(x, 0, 6), ops.relu6, (0, 6)),
+        (Scaled(0.5), lambda x: 0.5 * ops.tanh(x), ()),
+        ({"class_name": "ReLU", "module": "keras.layers", "config": {"max_value": 6.0}}, ops.relu6, (0, 6)),
+        (None, lambda x: x, ()),
+    ],
+)
+def test_what_an_activation_stands_for(activation, expected, kinks):
+    resolved = resolve_activation(activation)
+    assert resolved.kinks == kinks
+    np.testing.assert_allclose(values(resolved.function), values(expected), rtol=1e-6)
+
+
+def test_relu_with_a_far_limit_is_not_taken_for_relu():
+    with pytest.warns(UserWarning, match="moments of the activation"):
+        assert resolve_activation(lambda x: ops.clip(x, 0, 20)).kinks == ()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "softmax",
+        "log_softmax",
+        "glu",
+        "sparsemax",
+        keras.activations.softmax,
+        keras.layers.Softmax(),
+        keras.layers.Activation("softmax"),
+        functools.partial(keras.activations.softmax, axis=1),
+        lambda x: ops.softmax(x),
+        lambda x: x / ops.max(ops.abs(x)),
+        lambda x: ops.cumsum(x, axis=-1),
+        lambda x: ops.flip(x, axis=0),
+        lambda x: ops.sum(x),
+        lambda x: x[:1],
+    ],
+)
+def test_what_mixes_elements_is_refused(activation):
+    with pytest.raises(ValueError, match="`activation` must act on each element alone.*Received: activation="):
+        resolve_activation(activation)
+
+
+def layer_with_weights():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 3))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "activation, message",
+    [
+        ("rellu", "must be the name of an activation"),
+        (3, "must be the name of an activation"),
+        (keras.layers.ReLU, "an instance of a"),
+        ("threshold", "needs other arguments"),
+        (keras.layers.PReLU(), "no weights"),
+        (layer_with_weights(), "no weights"),
+        (lambda x, y: x + y, "callable with one float tensor.*fails with TypeError"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(activation, message):
+    with pytest.raises(ValueError, match=rf"`activation`.*{message}"):
+        resolve_activation(activation)
+
+
+def hinge(x, slope=0.25):
+    return ops.maximum(x - 1, slope * (x - 1))
+
+
+class Hinge(keras.layers.Layer):
+    def call(self, inputs):
+        return hinge(inputs)
+
+
+def test_registration():
+    with pytest.warns(UserWarning, match="register_activation"):
+        before = resolve_activation(hinge)
+    assert before.kinks == ()
+    mean, variance = (float(numpy(x)) for x in activation_moments(keras.layers.LeakyReLU(0.25), -0.7, 1.0))
+    for fn, activation in ((hinge, hinge), (Hinge, Hinge())):
+        assert register_activation(fn, kinks=[1]) is fn
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = [float(numpy(x)) for x in activation_moments(activation, 0.3, 1.0)]
+        np.testing.assert_allclose(found, [mean, variance], rtol=1e-5)
+    # A partial is another function, with its own arguments.
+    steeper = functools.partial(hinge, slope=0.5)
+    with pytest.warns(UserWarning, match="register_activation"):
+        np.testing.assert_allclose(values(resolve_activation(steeper).function), values(steeper))
+    register_activation(steeper, kinks=(1,))
+    assert resolve_activation(steeper).kinks == (1,)
+    np.testing.assert_allclose(values(resolve_activation(steeper).function), values(steeper))
+
+
+@pytest.mark.parametrize(
+    "fn, kinks, named",
+    [
+        ("relu", (0,), "fn"),
+        (keras.layers.ReLU(), (0,), "fn"),
+        (Scaled(1.0), (0,), "fn"),
+        (ops.relu, 0, "kinks"),
+        (ops.relu, ("zero",), "kinks"),
+        (ops.relu, (0, float("nan")), "kinks"),
+    ],
+)
+def test_bad_registration(fn, kinks, named):
+    with pytest.raises(ValueError, match=rf"`{named}`.*Received: {named}="):
+        register_activation(fn, kinks=kinks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_are_examined_while_tracing_too(mode):
+    def relu(x):
+        return ops.maximum(x, ops.zeros_like(x))
+
+    mean, variance = compiled(lambda m, s: activation_moments(relu, m, s), mode)(*tensors(0.3, 1.0))
+    expected = activation_moments("relu", 0.3, 1.0)
+    np.testing.assert_allclose([numpy(mean), numpy(variance)], [numpy(x) for x in expected], rtol=1e-5)
+    with pytest.raises(ValueError, match="each element alone"):
+        compiled(lambda m: activation_moments(lambda x: ops.softmax(x), m, 1.0), mode)(*tensors(np.zeros(3, "float32")))
