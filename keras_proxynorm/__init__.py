@@ -1,4 +1,4 @@
-"""Proxy Normalization for Keras 3: layer norm and group norm that match batch norm without looking at the batch."""
+"""Proxy Normalization for Keras 3: layer and group norm that keep channels normalized without looking at the batch."""
 
 import os
 import warnings
