@@ -116,9 +116,12 @@ def _convert(serve, signature, opset):
                 "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
                 f"names for both. Received: an input and an output with name={shared.pop()!r}"
             )
-        proto, _ = tf2onnx.convert.from_function(
-            function, signature, opset=opset, custom_op_handlers={"Erfc": (_erfc, []), "Expm1": (_expm1, [])}
-        )
+        try:
+            proto, _ = tf2onnx.convert.from_function(
+                function, signature, opset=opset, custom_op_handlers={"Erfc": (_erfc, []), "Expm1": (_expm1, [])}
+            )
+        except Exception as error:
+            raise ValueError(f"Argument `model` has no form in ONNX of opset {opset}: {error}") from error
     # The converter only logs what it cannot convert, and goes on with a graph that no runtime can read.
     if errors:
         raise ValueError(

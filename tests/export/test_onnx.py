@@ -1,6 +1,7 @@
 """ONNX files are checked and run in ONNX Runtime; what cannot be converted is an error and not a file."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -115,9 +116,14 @@ def test_what_the_checker_refuses(tmp_path, files):
     keras.config.set_dtype_policy("mixed_bfloat16")
     image = keras.Input((4, 4, 8), name="image")
     model = keras.Model(image, keras.layers.Conv2D(8, 3)(image))
-    with pytest.raises(ValueError, match=r"`model`.*not valid ONNX of opset 17.*bfloat16"):
+    with pytest.raises(ValueError, match=r"`model`.* ONNX of opset 17.*bfloat16"):
         export_onnx(model, tmp_path / "model.onnx")
     assert files() == []
+
+
+def without_native_notes(text):
+    """What TensorFlow's C++ notes itself is for TF_CPP_MIN_LOG_LEVEL to silence, before the process starts."""
+    return re.sub(r"^(I\d{4}|WARNING: All log messages before absl).*\n?", "", text, flags=re.MULTILINE)
 
 
 def test_unsupported_operation(tmp_path, files, capfd):
@@ -126,7 +132,7 @@ def test_unsupported_operation(tmp_path, files, capfd):
     with pytest.raises(ValueError, match=r"(?s)`model`.*export_saved_model.*from tf2onnx.*odd_one.*Erfinv"):
         export_onnx(model, tmp_path / "new" / "model.onnx")
     assert files() == []
-    assert capfd.readouterr().err == ""
+    assert without_native_notes(capfd.readouterr().err) == ""
 
 
 def test_one_name_for_input_and_output(tmp_path, files):
@@ -213,4 +219,5 @@ def test_missing_converter(missing, small, tmp_path, files, monkeypatch):
 
 def test_quiet(small, tmp_path, notes, capfd):
     export_onnx(small.model, tmp_path / "model.onnx")
-    assert notes == [] and capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    assert notes == [] and out == "" and without_native_notes(err) == ""
