@@ -61,15 +61,12 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         proxy_constraint: ConstraintLike,
         **kwargs,
     ):
-        axis = as_integer("axis", axis, "an integer, the channel axis")
-        proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
-        check_method(proxy_moments, num_quantiles, name="proxy_moments")
-        resolve_activation(activation)  # an error before there is a layer
         super().__init__(**kwargs)
+        check_method(proxy_moments, num_quantiles, name="proxy_moments")
         self.supports_masking = True
         # Statistics are float32 whatever the policy, so the input must not be cast to float16 on the way in.
         self.autocast = False
-        self.axis = axis
+        self.axis = as_integer("axis", axis, "an integer, the channel axis")
         self.center = center
         self.scale = scale
         self.beta_initializer = initializers.get(beta_initializer)
@@ -79,7 +76,7 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.activation = activation
-        self.proxy_epsilon = proxy_epsilon
+        self.proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
         self.proxy_moments = proxy_moments
         self.num_quantiles = num_quantiles
         self.learn_proxy = learn_proxy

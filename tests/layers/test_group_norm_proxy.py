@@ -5,9 +5,12 @@ import inspect
 import keras
 import numpy as np
 import pytest
+from backends import compiled
 from backends import numpy
+from backends import tensorflow_only
 from layers.samples import built
 from layers.samples import normal
+from layers.samples import reference
 
 import keras_proxynorm as kp
 
@@ -59,6 +62,20 @@ def test_the_proxy_normalizes_what_is_gaussian():
     variance = numpy(kp.activation_moments("relu", numpy(layer.beta), np.abs(numpy(layer.gamma)))[1])
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=0.01)
     np.testing.assert_allclose(y.var((0, 1, 2)), variance / (variance + 0.03), atol=0.03)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_error_at_a_large_offset_beside_that_of_keras(mode):
+    x = normal(2, 224, 224, 32) + np.float32(1e4)
+    ours = kp.GroupNormProxy(8, activation=None)
+    ours.build(x.shape)
+    expected = reference(ours, x)
+    errors = [
+        np.abs(numpy(compiled(layer, mode)(x)) - expected).max() for layer in (ours, keras.layers.GroupNormalization(8))
+    ]
+    print(f"\n{mode}: GroupNormProxy {errors[0]:.1e}, GroupNormalization {errors[1]:.1e}")
+    assert errors[0] < 1e-5 and errors[1] > 100 * errors[0]
 
 
 @pytest.mark.parametrize("groups", [0, -2, 2.0, None, True])
