@@ -75,7 +75,8 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
-        self.activation = activation
+        # Not by the property: on PyTorch a layer is a Module, and Modules are assigned past properties.
+        self._set_activation(activation)
         self.proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
         self.proxy_moments = proxy_moments
         self.num_quantiles = num_quantiles
@@ -94,6 +95,9 @@ class ProxyNormalizationLayer(keras.layers.Layer):
 
     @activation.setter
     def activation(self, activation: ActivationLike):
+        self._set_activation(activation)
+
+    def _set_activation(self, activation):
         elementwise = resolve_activation(activation)
         if self.built and elementwise.is_identity != (self.proxy is None):
             raise ValueError(

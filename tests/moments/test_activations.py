@@ -35,7 +35,7 @@ ELEMENTWISE = [
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_every_elementwise_function_of_keras_is_known(name):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         by_name = resolve_activation(name)
         by_function = resolve_activation(getattr(keras.activations, name))
     assert by_name == by_function
@@ -152,7 +152,7 @@ def test_registration():
     for fn, activation in ((hinge, hinge), (Hinge, Hinge())):
         assert register_activation(fn, kinks=[1]) is fn
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             found = [float(numpy(x)) for x in activation_moments(activation, 0.3, 1.0)]
         np.testing.assert_allclose(found, [mean, variance], rtol=1e-5)
     # A partial is another function, with its own arguments.
