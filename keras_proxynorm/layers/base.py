@@ -35,7 +35,7 @@ ConstraintLike: TypeAlias = str | Callable | dict | None
 
 
 class ProxyNormalizationLayer(keras.layers.Layer):
-    """Affine, activation and proxy normalization, on an input that subclasses normalize first.
+    """Affine, activation and proxy normalization; subclasses may normalize first.
 
     Not meant to be used directly; see `GroupNormProxy`, `LayerNormProxy` and `ProxyActivation`.
     """
@@ -183,8 +183,10 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         return ops.cast(outputs, self.compute_dtype)
 
     def _normalize(self, x, mask, gamma, beta):
-        """The input after the normalization and the affine; `gamma` and `beta` broadcast against `x` or are None."""
-        raise NotImplementedError
+        """The normalization, none here, and the affine; `gamma` and `beta` broadcast against `x` or are None."""
+        if gamma is not None:
+            x = x * gamma
+        return x if beta is None else x + beta
 
     def _check_channels(self, input_shape, channels):
         """Raises a ValueError if the layer cannot have this many channels."""

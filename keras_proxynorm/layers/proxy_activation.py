@@ -100,8 +100,3 @@ class ProxyActivation(ProxyNormalizationLayer):
             proxy_constraint=proxy_constraint,
             **kwargs,
         )
-
-    def _normalize(self, x, mask, gamma, beta):
-        if gamma is not None:
-            x = x * gamma
-        return x if beta is None else x + beta
