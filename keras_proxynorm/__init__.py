@@ -8,6 +8,7 @@ from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
 from keras_proxynorm.moments import activation_moments
 from keras_proxynorm.moments import register_activation
+from keras_proxynorm.surgery import replace_normalization
 from keras_proxynorm.training import exclude_norm_from_weight_decay
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "activation_moments",
     "exclude_norm_from_weight_decay",
     "register_activation",
+    "replace_normalization",
 ]
 
 __version__ = "0.1.0"

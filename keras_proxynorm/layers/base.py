@@ -163,9 +163,7 @@ class ProxyNormalizationLayer(keras.layers.Layer):
     def call(self, inputs, mask=None):
         self._check_dtype(inputs)
         dtype = computation_dtype(inputs.dtype, self.variable_dtype)
-        gamma, beta, proxy = (
-            None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta, self.proxy)
-        )
+        gamma, beta = (None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta))
         shape = [1] * len(inputs.shape)
         shape[self._channel_axis(inputs.shape)] = -1
 
@@ -173,14 +171,29 @@ class ProxyNormalizationLayer(keras.layers.Layer):
             return None if vector is None else ops.reshape(vector, shape)
 
         outputs = self._normalize(ops.cast(inputs, dtype), mask, broadcast(gamma), broadcast(beta))
-        if proxy is not None:
-            mean, variance = kernels.proxy_moments(
-                self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles
-            )
+        if self.proxy is not None:
+            mean, variance = self.activation_moments(dtype)
             outputs = kernels.proxy_normalize(
                 outputs, self._elementwise, broadcast(mean), broadcast(variance), self.proxy_epsilon
             )
         return ops.cast(outputs, self.compute_dtype)
+
+    def activation_moments(self, dtype=None):
+        """Mean and variance of the activation under the proxy, by which the output is normalized.
+
+        Args:
+            dtype: The dtype to compute in. Defaults to that of the variables, or float32 if that is less precise.
+
+        Returns:
+            Two tensors of shape ``(channels,)``; None without a proxy.
+        """
+        if self.proxy is None:
+            return None
+        dtype = dtype or computation_dtype(self.variable_dtype)
+        gamma, beta, proxy = (
+            None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta, self.proxy)
+        )
+        return kernels.proxy_moments(self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles)
 
     def _normalize(self, x, mask, gamma, beta):
         """The normalization, none here, and the affine; `gamma` and `beta` broadcast against `x` or are None."""

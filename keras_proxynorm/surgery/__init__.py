@@ -1,0 +1,7 @@
+"""Puts other normalizations into a model that exists."""
+
+from keras_proxynorm.surgery.replacing import replace_normalization
+from keras_proxynorm.surgery.report import LayerReport
+from keras_proxynorm.surgery.report import ReplacementReport
+
+__all__ = ["LayerReport", "ReplacementReport", "replace_normalization"]

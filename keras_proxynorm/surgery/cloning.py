@@ -1,0 +1,163 @@
+"""Builds the new model: clones every layer, puts the replacements in, and lets absorbed activations vanish."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import keras
+
+from keras_proxynorm.surgery.graph import cannot_clone
+from keras_proxynorm.surgery.graph import is_functional
+from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.planning import FUSED
+from keras_proxynorm.surgery.planning import LEFT
+from keras_proxynorm.surgery.planning import PLAIN
+from keras_proxynorm.surgery.planning import SPLIT
+from keras_proxynorm.surgery.planning import Decision
+from keras_proxynorm.surgery.planning import Plan
+
+__all__ = ["Cloner"]
+
+
+class Cloner:
+    """Clones the model of a plan, once.
+
+    Args:
+        plan: From `make_plan`.
+        make: Makes the layer with the activation, or the one without, for a decision.
+        configs: Changes to the configs of layers that are cloned, by the `id` of the layer.
+
+    Attributes:
+        clones: The clone of each operation, by its `id`: a pair of both. For a normalization that is replaced, what
+            stands in its place; for one that is split, the layer without activation.
+        activated: The layers with the activation of normalizations that are fused or split, by their `id`.
+        notes: What did not come through.
+    """
+
+    def __init__(self, plan: Plan, make: Callable[[Decision, bool], keras.layers.Layer], configs: dict[int, dict]):
+        self.clones: dict[int, tuple] = {}
+        self.activated: dict[int, keras.layers.Layer] = {}
+        self.notes: list[str] = []
+        self._plan = plan
+        self._make = make
+        self._configs = configs
+        self._graphs = {id(graph.model): graph for graph in plan.graphs}
+        self._sources: dict[int, keras.Operation] = {}
+        self._absorbed = {id(operation) for decision in plan.decisions.values() for operation in decision.absorbed}
+        # By the id of the tensor in front of an activation that vanishes: this tensor, and what makes the one behind.
+        self._behind: dict[int, tuple] = {}
+
+    def clone(self, operation):
+        """The clone of a model, a layer or a function of keras.ops; always the same one."""
+        if id(operation) not in self.clones:
+            clone = self._clone(operation)
+            self.clones[id(operation)] = (operation, clone)
+            self._sources[id(clone)] = operation
+        return self.clones[id(operation)][1]
+
+    def _clone(self, operation):
+        if is_functional(operation):
+            return self._clone_functional(operation)
+        if is_sequential(operation):
+            return self._clone_sequential(operation)
+        decision = self._plan.decisions.get(id(operation))
+        if decision is not None and decision.action != LEFT:
+            if decision.action != PLAIN:
+                self.activated[id(operation)] = self._make(decision, True)
+            return self.activated[id(operation)] if decision.action == FUSED else self._make(decision, False)
+        if isinstance(operation, keras.layers.Lambda):
+            return _clone_lambda(operation)
+        if id(operation) in self._plan.renamed_outputs:
+            return keras.layers.Identity(name=operation.name, dtype=operation.dtype_policy)
+        try:
+            return type(operation).from_config({**operation.get_config(), **self._configs.get(id(operation), {})})
+        except Exception as error:  # get_config and from_config are the user's
+            raise cannot_clone(operation, error) from error
+
+    def _clone_functional(self, model):
+        graph = self._graphs[id(model)]
+        operations = {operation.name: operation for operation in graph.functional.operations}
+        # Cloned from their configs, because clone_model would rename inputs that have no name of their own.
+        inputs = [keras.layers.InputLayer.from_config(operations[name].get_config()).output for name in graph.inputs]
+        clone = keras.models.clone_model(
+            graph.functional,
+            input_tensors=keras.tree.pack_sequence_as(model.input, inputs),
+            clone_function=self.clone,
+            call_function=self._call,
+        )
+        if type(model) is type(graph.functional):
+            return self._finish(model, clone)
+        if _has_functional_constructor(type(model)):
+            return self._finish(model, type(model)(clone.input, clone.output, name=model.name))
+        self._note_class(model, "functional keras.Model")
+        return self._finish(model, clone)
+
+    def _clone_sequential(self, model):
+        graph = self._graphs[id(model)]
+        config = graph.functional.get_layer(graph.inputs[0]).get_config()
+        layers: list = []
+        for source in model.layers:
+            (call,) = graph.calls_of(source)
+            producer = self._plan.absorbed_by(graph, call)
+            clone = self.clone(source)
+            if producer is not None:
+                layers[-1] = self.activated[id(producer)]
+            if producer is None or id(source) in self._plan.renamed_outputs:
+                layers.append(clone)
+        if type(model) is not keras.Sequential:
+            self._note_class(model, "keras.Sequential")
+        return self._finish(
+            model, keras.Sequential([keras.layers.InputLayer.from_config(config), *layers], name=model.name)
+        )
+
+    def _finish(self, model, clone):
+        # The global policy is not that under which the model was made, and decides about loss scaling in `compile`.
+        clone.dtype_policy = model.dtype_policy
+        return clone
+
+    def _note_class(self, model, instead):
+        self.notes.append(
+            f"Model '{model.name}' is a {type(model).__name__}; its replacement is a {instead} of the same graph, "
+            "without the methods of that class."
+        )
+
+    def _call(self, clone, *args, **kwargs):
+        source = self._sources[id(clone)]
+        behind = [
+            self._behind[id(tensor)] for tensor in keras.tree.flatten((args, kwargs)) if id(tensor) in self._behind
+        ]
+        if behind and id(source) in self._absorbed:
+            ((_, activated),) = behind
+            return clone(activated()) if id(source) in self._plan.renamed_outputs else activated()
+        decision = self._plan.decisions.get(id(source))
+        if decision is None or decision.action == LEFT:
+            return clone(*args, **kwargs)
+        kwargs = inspect.signature(source.call).bind(*args, **kwargs).arguments
+        inputs = kwargs.pop("inputs")
+        # The calls of BatchNormalization carry `training` and `mask`, which other layers need not know.
+        taken = inspect.signature(clone.call).parameters
+        kwargs = {key: value for key, value in kwargs.items() if key in taken and value is not None}
+        outputs = clone(inputs, **kwargs)
+        if decision.action == FUSED:
+            self._behind[id(outputs)] = (outputs, lambda: outputs)
+        elif decision.action == SPLIT:
+            activated = functools.cache(lambda: self.activated[id(source)](inputs, **kwargs))
+            self._behind[id(outputs)] = (outputs, activated)
+        return outputs
+
+
+def _clone_lambda(layer):
+    # Its config holds the bytecode of the function without the globals that it needs.
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+    )
+
+
+def _has_functional_constructor(cls):
+    spec = inspect.getfullargspec(cls.__init__)
+    return spec.args[1:] == ["inputs", "outputs", "name"] or (spec.varargs is not None and spec.varkw is not None)

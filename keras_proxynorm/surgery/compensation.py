@@ -1,0 +1,272 @@
+"""Undoes in the layers behind it what proxy normalization does to the scale and the offset of an activation."""
+
+import graphlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.surgery.graph import Graph
+from keras_proxynorm.surgery.graph import is_functional
+from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.planning import Plan
+
+__all__ = ["Compensation", "Uncompensated", "find_compensations"]
+
+# What passes a scale and an offset for each channel on, unchanged. Poolings of windows that reach over the border do,
+# because they leave the padding out; upsamplings do, because the weights of their interpolation sum to 1.
+_PASSING = (
+    *(
+        keras.layers.Dropout,
+        keras.layers.SpatialDropout1D,
+        keras.layers.SpatialDropout2D,
+        keras.layers.SpatialDropout3D,
+    ),
+    keras.layers.Identity,
+    *(
+        getattr(keras.layers, f"{kind}{rank}D")
+        for kind in (
+            "AveragePooling",
+            "MaxPooling",
+            "GlobalAveragePooling",
+            "GlobalMaxPooling",
+            "Cropping",
+            "UpSampling",
+        )
+        for rank in (1, 2, 3)
+    ),
+)
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+
+
+class Rescaling(NamedTuple):
+    """What the values of a tensor of the new model meant in the old one: `scale * value + shift` for each channel.
+
+    Attributes:
+        axis: The channel axis.
+        sources: The paths of the normalizations that it comes from.
+        values: Computes scale and shift, two NumPy vectors, from the layers of the new model.
+    """
+
+    axis: int
+    sources: tuple[str, ...]
+    values: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A layer whose weights can take a rescaling of its input back.
+
+    Attributes:
+        layer: The layer of the old model.
+        path: Its name, behind the names of the models that it is nested in.
+        rescaling: That of its input.
+    """
+
+    layer: keras.layers.Layer
+    path: str
+    rescaling: Rescaling
+
+    def apply(self, layer: keras.layers.Layer):
+        """Changes the kernel and the bias of `layer`, the clone."""
+        scale, shift = self.rescaling.values()
+        if isinstance(layer, _SEPARABLE):
+            depthwise, pointwise = (ops.convert_to_numpy(x) for x in (layer.depthwise_kernel, layer.pointwise_kernel))
+            offset = _depthwise_offset(depthwise, shift) @ pointwise.reshape(-1, pointwise.shape[-1])
+            layer.depthwise_kernel.assign(depthwise * scale[:, None])
+        else:
+            kernel = ops.convert_to_numpy(layer.kernel)
+            if isinstance(layer, _DEPTHWISE):
+                offset = _depthwise_offset(kernel, shift)
+                layer.kernel.assign(kernel * scale[:, None])
+            else:
+                scale, shift = (_for_each_filter(x, kernel.shape) for x in (scale, shift))
+                offset = (kernel * shift).reshape(-1, kernel.shape[-1]).sum(axis=0)
+                layer.kernel.assign(kernel * scale)
+        layer.bias.assign(ops.convert_to_numpy(layer.bias) + offset)
+
+
+class Uncompensated(NamedTuple):
+    """A place where a rescaling could not be taken back."""
+
+    sources: tuple[str, ...]
+    path: str
+    reason: str
+
+
+def _depthwise_offset(kernel, shift):
+    return (kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0) * shift[:, None]).reshape(-1)
+
+
+def _for_each_filter(vector, kernel_shape):
+    """`vector`, with an entry for each channel, as `(channels / groups, filters)`."""
+    channels, filters = kernel_shape[-2:]
+    groups = len(vector) // channels
+    return np.repeat(vector.reshape(groups, channels), filters // groups, axis=0).T
+
+
+def find_compensations(
+    plan: Plan, layer_of: Callable[[keras.layers.Layer], keras.layers.Layer]
+) -> tuple[list[Compensation], list[Uncompensated]]:
+    """Follows the output of each layer with proxy normalization to the linear layers that read it.
+
+    Args:
+        plan: From `make_plan`.
+        layer_of: The layer with the activation that replaces a normalization layer. It is asked for when values are
+            computed, not before.
+
+    Returns:
+        The layers that can take the rescaling back exactly, and the places where that is not possible.
+    """
+    return _Search(plan, layer_of).run()
+
+
+class _Search:
+    def __init__(self, plan, layer_of):
+        self.plan = plan
+        self.layer_of = layer_of
+        self.graphs = {id(graph.model): graph for graph in plan.graphs}
+        self.results: dict[int, list] = {}
+        self.compensations: list[Compensation] = []
+        self.uncompensated: list[Uncompensated] = []
+
+    def run(self):
+        outermost = self.plan.graphs[0]
+        for tensor, rescaling in zip(outermost.outputs, self.outputs(outermost), strict=True):
+            if rescaling is not None:
+                self.lose([rescaling], outermost.path + tensor.operation, "it is an output of the model")
+        return self.compensations, self.uncompensated
+
+    def lose(self, rescalings, path, reason):
+        sources = tuple(source for rescaling in rescalings for source in rescaling.sources)
+        self.uncompensated.append(Uncompensated(sources, path, reason))
+
+    def outputs(self, graph: Graph):
+        """The rescaling of each output of `graph`, or None."""
+        if id(graph.model) not in self.results:
+            self.results[id(graph.model)] = self.follow(graph)
+        return self.results[id(graph.model)]
+
+    def follow(self, graph):
+        makers = {call.output[:2]: call for call in graph.calls}
+        order = graphlib.TopologicalSorter({place: [x[:2] for x in call.inputs] for place, call in makers.items()})
+        rescalings = {}
+        for place in order.static_order():
+            if place in makers:
+                call = makers[place]
+                given = [rescalings.get(tensor) for tensor in call.inputs]
+                for index, rescaling in enumerate(self.behind(graph, call, given)):
+                    rescalings[call.output._replace(output_index=index)] = rescaling
+        return [rescalings.get(tensor) for tensor in graph.outputs]
+
+    def behind(self, graph, call, given):
+        """The rescalings of the outputs of `call`, from those of its inputs."""
+        operation, path = call.operation, graph.path + call.operation.name
+        normalization = self.plan.absorbed_by(graph, call)
+        if normalization is not None:
+            return [self.source(normalization, graph.shapes[call.inputs[0]])]
+        if is_functional(operation) or is_sequential(operation):
+            rescalings = self.outputs(self.graphs[id(operation)])
+        else:
+            rescalings = []
+        rescaled = [rescaling for rescaling in given if rescaling is not None]
+        if not rescaled:
+            return rescalings
+        if isinstance(operation, _PASSING):
+            passed = _passed(operation, given[0], graph.shapes[call.inputs[0]])
+        elif isinstance(operation, keras.layers.Flatten):
+            passed = _flattened(operation, given[0], graph.shapes[call.inputs[0]])
+        elif isinstance(operation, keras.layers.Concatenate):
+            passed = _concatenated(operation, given, [graph.shapes[tensor] for tensor in call.inputs])
+        else:
+            passed = None
+        if passed is not None:
+            return [passed]
+        reason = self.why_not(operation, given[0], call.inputs[0], graph)
+        if reason is None:
+            self.compensations.append(Compensation(operation, path, given[0]))
+        else:
+            self.lose(rescaled, path, reason)
+        return rescalings
+
+    def source(self, normalization, shape):
+        axis = normalization.axis[0] if isinstance(normalization.axis, (list, tuple)) else normalization.axis
+
+        def values():
+            mean, variance = self.layer_of(normalization).activation_moments()
+            scale = np.sqrt(ops.convert_to_numpy(variance) + self.layer_of(normalization).proxy_epsilon)
+            return scale, ops.convert_to_numpy(mean)
+
+        path = self.plan.decisions[id(normalization)].path
+        return Rescaling(axis % len(shape), (path,), values)
+
+    def why_not(self, operation, rescaling, tensor, graph):
+        """Why the weights of `operation` cannot take back `rescaling`; None if they can."""
+        kind = f"a {type(operation).__name__}"
+        rank = len(graph.shapes[tensor])
+        if isinstance(operation, keras.layers.Dense):
+            axis = rank - 1
+        elif isinstance(operation, (*_CONVOLUTIONS, *_DEPTHWISE, *_SEPARABLE)):
+            axis = _channel_axis(operation, rank)
+            if operation.padding != "valid" and set(operation.kernel_size) != {1}:
+                return f"{kind} whose padding, '{operation.padding}', has zeros where the offset would have to be"
+        elif self.plan.decisions.get(id(operation)) is not None:
+            return f"{kind}, whose statistics it changes"
+        else:
+            return f"{kind} is not linear in one input for each channel"
+        if rescaling is None or rescaling.axis != axis:
+            return f"{kind} along another axis than that of the channels"
+        if self.plan.calls[id(operation)] > 1:
+            return f"{kind} that is called more than once"
+        return None
+
+
+def _channel_axis(layer, rank):
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+
+
+def _passed(layer, rescaling, shape):
+    if isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
+        return rescaling
+    if rescaling.axis != _channel_axis(layer, len(shape)):
+        return None
+    if type(layer).__name__.startswith("Global") and not layer.keepdims:
+        return rescaling._replace(axis=1)
+    return rescaling
+
+
+def _flattened(layer, rescaling, shape):
+    positions = [size for axis, size in enumerate(shape[1:], start=1) if axis != rescaling.axis]
+    if None in positions or rescaling.axis != _channel_axis(layer, len(shape)):
+        return None
+    count = math.prod(positions)
+
+    def values():
+        # Also for channels_first, because keras.layers.Flatten moves the channels to the back first.
+        scale, shift = rescaling.values()
+        return np.tile(scale, count), np.tile(shift, count)
+
+    return Rescaling(1, rescaling.sources, values)
+
+
+def _concatenated(layer, given, shapes):
+    axis = layer.axis % len(shapes[0])
+    if any(rescaling is not None and rescaling.axis != axis for rescaling in given):
+        return None
+
+    def values():
+        parts = [
+            (np.ones(shape[axis]), np.zeros(shape[axis])) if rescaling is None else rescaling.values()
+            for rescaling, shape in zip(given, shapes, strict=True)
+        ]
+        scales, shifts = zip(*parts, strict=True)
+        return np.concatenate(scales), np.concatenate(shifts)
+
+    sources = tuple(source for rescaling in given if rescaling is not None for source in rescaling.sources)
+    return Rescaling(axis, sources, values)

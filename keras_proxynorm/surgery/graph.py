@@ -1,0 +1,150 @@
+"""Reads a functional or sequential model as a graph: which operation reads which tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+
+__all__ = ["Call", "Graph", "Tensor", "cannot_clone", "is_functional", "is_sequential", "read_graphs"]
+
+
+class Tensor(NamedTuple):
+    """The place of a tensor in a graph: an output of call `node` of the operation of this name."""
+
+    operation: str
+    node: int
+    output_index: int
+
+
+class Call(NamedTuple):
+    """One call of an operation (a layer, a nested model or a function of keras.ops)."""
+
+    operation: keras.Operation
+    node: int
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def output(self) -> Tensor:
+        return Tensor(self.operation.name, self.node, 0)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The calls of one model.
+
+    Attributes:
+        model: The functional or sequential model.
+        path: Its path in the outermost model, such as `"classifier/backbone/"`; empty for the outermost.
+        functional: A plain functional model of the same tensors: not compiled, and of no class of its own.
+        operations: Its operations by name.
+        calls: All calls but those of the input layers.
+        inputs: The names of the input layers.
+        outputs: The tensors that the model returns.
+        shapes: The shapes of the tensors that are read by a call.
+    """
+
+    model: keras.Model
+    path: str
+    functional: keras.Model
+    operations: dict[str, keras.Operation]
+    calls: tuple[Call, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[Tensor, ...]
+    shapes: dict[Tensor, tuple]
+
+    def operation(self, tensor: Tensor) -> keras.Operation:
+        """The operation that `tensor` comes from."""
+        return self.operations[tensor.operation]
+
+    def consumers(self, tensor: Tensor) -> list[Call]:
+        return [call for call in self.calls if tensor in call.inputs]
+
+    def calls_of(self, operation: keras.Operation) -> list[Call]:
+        return [call for call in self.calls if call.operation is operation]
+
+
+def is_sequential(operation) -> bool:
+    """Whether it is a sequential model."""
+    return isinstance(operation, keras.Sequential)
+
+
+def is_functional(operation) -> bool:
+    """Whether it is a functional model, of whatever class."""
+    # Keras does not export the class; of all models only functional ones know their operations.
+    return isinstance(operation, keras.Model) and hasattr(operation, "operations")
+
+
+def read_graphs(model: keras.Model) -> list[Graph]:
+    """The graphs of `model` and of all models nested in it, each once, outermost first."""
+    graphs = {}
+
+    def read(model, path):
+        if id(model) not in graphs:
+            graphs[id(model)] = graph = _read_graph(model, path)
+            for call in graph.calls:
+                if is_functional(call.operation) or is_sequential(call.operation):
+                    read(call.operation, f"{path}{call.operation.name}/")
+
+    read(model, "")
+    return list(graphs.values())
+
+
+def _read_graph(model, path):
+    # Custom classes of models have a config of their own, so the graph is read from a plain model of the same tensors.
+    functional = keras.Model(model.input, model.output, name=model.name)
+    try:
+        config = functional.get_config()
+    except Exception:
+        # Which layer it was, Keras does not say.
+        for operation in functional.operations:
+            try:
+                keras.saving.serialize_keras_object(operation)
+            except Exception as error:
+                raise cannot_clone(operation, error) from error
+        raise
+    operations = {operation.name: operation for operation in functional.operations}
+    calls, shapes = [], {}
+    for operation_config in config["layers"]:
+        operation = operations[operation_config["name"]]
+        # A functional model is born with one node, from its inputs to its outputs.
+        first = 1 if is_functional(operation) else 0
+        for node, node_config in enumerate(operation_config["inbound_nodes"], start=first):
+            read = dict(_tensors(node_config))
+            calls.append(Call(operation, node, tuple(read)))
+            shapes.update(read)
+    return Graph(
+        model=model,
+        path=path,
+        functional=functional,
+        operations=operations,
+        calls=tuple(calls),
+        inputs=tuple(keras.tree.flatten(config["input_layers"])[::3]),
+        outputs=tuple(Tensor(*place) for place in _in_threes(keras.tree.flatten(config["output_layers"]))),
+        shapes=shapes,
+    )
+
+
+def _tensors(config) -> Iterator[tuple[Tensor, tuple]]:
+    if isinstance(config, dict) and config.get("class_name") == "__keras_tensor__":
+        yield Tensor(*config["config"]["keras_history"]), tuple(config["config"]["shape"])
+    elif isinstance(config, dict):
+        for value in config.values():
+            yield from _tensors(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from _tensors(value)
+
+
+def _in_threes(flat):
+    return [flat[i : i + 3] for i in range(0, len(flat), 3)]
+
+
+def cannot_clone(operation: keras.Operation, error: Exception) -> ValueError:
+    """The error for a layer whose config does not make it again."""
+    return ValueError(
+        f"Layer '{operation.name}' ({type(operation).__name__}) cannot be cloned, because it cannot be made from its "
+        "config. Its class needs a `get_config()` with all arguments of its constructor, and custom functions in it "
+        "need `keras.saving.register_keras_serializable()`. "
+        f"Received: {type(error).__name__}: {error}"
+    )

@@ -1,0 +1,346 @@
+"""Puts other normalizations into a model that exists: the one public function of the surgery."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Literal
+from typing import TypeAlias
+
+import keras
+
+from keras_proxynorm.layers.base import as_integer
+from keras_proxynorm.surgery.activation_nodes import describe_activation
+from keras_proxynorm.surgery.carrying import carry_by_name
+from keras_proxynorm.surgery.carrying import carry_compile_state
+from keras_proxynorm.surgery.carrying import carry_state
+from keras_proxynorm.surgery.carrying import carry_trainable
+from keras_proxynorm.surgery.carrying import late_regularizers
+from keras_proxynorm.surgery.cloning import Cloner
+from keras_proxynorm.surgery.compensation import Compensation
+from keras_proxynorm.surgery.compensation import Uncompensated
+from keras_proxynorm.surgery.compensation import find_compensations
+from keras_proxynorm.surgery.graph import is_functional
+from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import read_graphs
+from keras_proxynorm.surgery.planning import LEFT
+from keras_proxynorm.surgery.planning import Decision
+from keras_proxynorm.surgery.planning import Plan
+from keras_proxynorm.surgery.planning import make_plan
+from keras_proxynorm.surgery.report import LayerReport
+from keras_proxynorm.surgery.report import ReplacementReport
+from keras_proxynorm.surgery.targets import Target
+from keras_proxynorm.surgery.targets import choose_groups
+
+__all__ = ["replace_normalization"]
+
+LayerSelection: TypeAlias = str | type | Iterable[str | type] | Callable[[keras.layers.Layer], bool] | None
+
+
+def replace_normalization(
+    model: keras.Model,
+    to: str | Callable[..., keras.layers.Layer] = "group_norm_proxy",
+    *,
+    groups: int = 32,
+    min_channels_per_group: int = 4,
+    weights: Literal["copy", "fresh"] = "copy",
+    compensate: bool = False,
+    center: bool | None = None,
+    layers: LayerSelection = None,
+    return_report: bool = False,
+    **layer_kwargs,
+):
+    """Makes a copy of a model with other normalization layers in it, by default group norm with proxy normalization.
+
+    A normalization whose output is read by one activation, or by several equal ones, becomes one layer together with
+    that activation, which vanishes; the new layer has the activation's name. Any other becomes a layer without
+    activation, that is the plain norm. Where its output is read both ways, it becomes one layer of each kind.
+    Everything else is cloned, nested models included. The source model is not changed.
+
+    Args:
+        model: A functional or sequential model that is built, such as one of `keras.applications` or one loaded from a
+            `.keras` file. Models nested in it are converted, too.
+        to: What to put in the place of the normalizations: ``"group_norm_proxy"``, ``"layer_norm_proxy"``, or, without
+            proxy normalization and with the activations where they were, ``"group_norm"``
+            (`keras.layers.GroupNormalization`) and ``"layer_norm"`` (the same with one group). Or a function that makes
+            a layer. It is called with those of these keyword arguments that it names: `activation`, `channels`,
+            `groups`, `axis`, `epsilon`, `center`, `scale`, `beta_initializer`, `gamma_initializer`, and the
+            `_regularizer` and `_constraint` of both; and with `name` and `dtype`, which it must hand on. If it does not
+            name `activation`, activations stay where they are. A class of layers is such a function.
+        groups: The largest number of groups. A layer gets the largest divisor of its number of channels that is not
+            larger and leaves `min_channels_per_group` in each group; 1 if there is none. A `GroupNormalization` keeps
+            its own.
+        min_channels_per_group: The smallest number of channels in a group, unless it is all of them.
+        weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`, no
+            moving statistics. ``"fresh"`` initializes all of them, except what preprocessing layers have adapted to.
+        compensate: Proxy normalization rescales and shifts what the next layers read. If True, the kernels and biases
+            of the layers that read it take that back, so that copied weights mean what they meant. That is exact, and
+            done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also behind pooling,
+            cropping, flattening, dropout and concatenation. Layers without bias get one. The report says where it was
+            not possible; there, weights stay as they are.
+        center: Whether layers without activation have an offset. By default they have one where weights are copied;
+            with fresh weights they have one where an activation follows later, as behind the sum in a ResNet, and none
+            elsewhere, as in the paper. An offset that was not there is never added by default.
+        layers: Which layers to replace: classes, names (alone or with the models they are nested in, such as
+            ``"backbone/conv1_bn"``) or a function of a layer. By default every `BatchNormalization`. A
+            `LayerNormalization` or `GroupNormalization` that is asked for is replaced if it feeds one activation, or if
+            the new layers do not contain activations.
+        return_report: If True, return the report, too.
+        **layer_kwargs: Further arguments of the new layers, such as `epsilon`, `scale` or `proxy_epsilon`. By default
+            the `epsilon`, `scale`, initializers, regularizers and constraints of the old ones are kept.
+
+    Returns:
+        The new model, of the class of the old one if that is made of inputs and outputs. With ``return_report=True``
+        also a `keras_proxynorm.surgery.ReplacementReport`, which can be printed.
+
+        - Names of layers stay, except those of fused normalizations. So do names and structure of inputs and outputs.
+        - Frozen layers stay frozen. The layer in the place of a frozen normalization is frozen as a whole, with its
+          proxy, which is then N(0, 1), until `trainable` is set.
+        - If the model was compiled, so is the new one, with a fresh optimizer.
+        - A dtype policy stays with its layer; a fused layer has that of the activation.
+
+    Raises:
+        ValueError: For bad arguments; for a model that is not built, or is neither functional nor sequential; and for
+            a layer that cannot be cloned, which the message names.
+
+    Warns:
+        UserWarning: If nothing was replaced, and about all that did not come through: batch normalizations inside
+            other layers, custom classes of models, regularizers that were set after `build`, custom losses.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> source = keras.applications.MobileNetV2(input_shape=(64, 64, 3), weights=None, classes=10)
+    >>> model, report = keras_proxynorm.replace_normalization(source, return_report=True)
+    >>> report.count("fused"), report.count("plain"), report.count("left alone")
+    (35, 17, 0)
+    >>> model.get_layer("Conv1_relu")
+    <GroupNormProxy name=Conv1_relu, built=True>
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    """
+    _check_model(model)
+    groups = _positive("groups", groups)
+    min_channels_per_group = _positive("min_channels_per_group", min_channels_per_group)
+    if weights not in ("copy", "fresh"):
+        raise ValueError(f"Argument `weights` must be 'copy' or 'fresh'. Received: weights={weights!r}")
+    if compensate and weights == "fresh":
+        raise ValueError(
+            "Argument `compensate` keeps the meaning of copied weights, so it needs weights='copy'. "
+            "Received: compensate=True, weights='fresh'"
+        )
+    target = Target(to, layer_kwargs)
+    graphs = read_graphs(model)
+    plan = make_plan(graphs, _selector(layers, graphs), target.fuses)
+
+    def make(decision: Decision, with_activation: bool):
+        own_groups = getattr(decision.layer, "groups", None)
+        return target.make(
+            {
+                **_arguments(decision, with_activation, center, weights == "copy"),
+                "groups": own_groups or choose_groups(decision.channels, groups, min_channels_per_group),
+            }
+        )
+
+    compensations: list[Compensation] = []
+    uncompensated: list[Uncompensated] = []
+    if compensate:
+        _check_compensates(plan, make)
+        compensations, uncompensated = find_compensations(plan, lambda layer: cloner.activated[id(layer)])
+    biased = {id(compensation.layer): {"use_bias": True} for compensation in compensations}
+    cloner = Cloner(plan, make, biased)
+    new_model = cloner.clone(model)
+    notes = [*cloner.notes, *_hidden(plan)]
+
+    carried = _carry(plan, cloner, biased, weights == "copy")
+    for compensation in compensations:
+        compensation.apply(cloner.clone(compensation.layer))
+    notes += _late_regularizers(cloner)
+    notes += carry_compile_state(model, new_model)
+
+    report = ReplacementReport(
+        model=model.name,
+        to=target.name,
+        layers=tuple(_layer_report(decision, cloner, carried) for decision in plan.decisions.values()),
+        parameters_before=model.count_params(),
+        parameters_after=new_model.count_params(),
+        compensated={compensation.path: compensation.rescaling.sources for compensation in compensations},
+        uncompensated={place.path: place.reason for place in uncompensated},
+        warnings=tuple(notes),
+    )
+    if not report.replaced:
+        notes.append(_nothing_replaced(report))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return (new_model, report) if return_report else new_model
+
+
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
+    if is_sequential(model):
+        try:
+            built = model.inputs
+        except AttributeError:
+            built = False
+        if not built:
+            raise ValueError(
+                "Argument `model` must be built, so that its layers have shapes: call `model.build(input_shape)` "
+                f"first. Received: the Sequential model '{model.name}', which is not built"
+            )
+    elif not is_functional(model):
+        raise ValueError(
+            "Argument `model` must be a functional or sequential model: what a subclassed model does with its layers "
+            "is only in its code. Convert the functional models inside it one by one, or use the layers in the code. "
+            f"Received: the model '{model.name}' of the class {type(model).__name__}"
+        )
+
+
+def _positive(name, value):
+    expected = "a positive integer"
+    value = as_integer(name, value, expected)
+    if value < 1:
+        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value}")
+    return value
+
+
+def _selector(layers: LayerSelection, graphs):
+    """`layers` as a function of a path and a layer."""
+    if layers is None:
+        layers = keras.layers.BatchNormalization
+    if callable(layers) and not isinstance(layers, type):
+        return lambda path, layer: bool(layers(layer))
+    chosen = [layers] if isinstance(layers, (str, type)) else list(layers)
+    classes = tuple(item for item in chosen if isinstance(item, type))
+    names = {item for item in chosen if isinstance(item, str)}
+    known = {
+        name
+        for graph in graphs
+        for operation in graph.operations.values()
+        for name in (operation.name, graph.path + operation.name)
+    }
+    unknown = sorted(names - known)
+    if unknown or len(classes) + len(names) < len(set(chosen)):
+        raise ValueError(
+            "Argument `layers` must be names or classes of layers of the model, or a function of a layer. "
+            f"Received: layers={layers!r}" + (f", but there is no layer {unknown}" if unknown else "")
+        )
+    return lambda path, layer: isinstance(layer, classes) or bool(names & {path, layer.name})
+
+
+_CARRIED_ARGUMENTS = [
+    "epsilon",
+    "scale",
+    *(f"{weight}_{kind}" for weight in ("beta", "gamma") for kind in ("initializer", "regularizer", "constraint")),
+]
+
+
+def _arguments(decision, with_activation, center, copies):
+    """What a factory is offered for the layer with the activation, or for the one without."""
+    layer = decision.layer
+    config = layer.get_config()
+    if not with_activation and center is None:
+        center = layer.center and (copies or decision.activation_follows)
+    activations = [layer for layer in decision.absorbed if isinstance(layer, keras.layers.Layer)]
+    regularized = activations if with_activation else [layer]
+    regularizers = [layer.activity_regularizer for layer in regularized if layer.activity_regularizer is not None]
+    return {
+        **{key: config[key] for key in _CARRIED_ARGUMENTS},
+        "axis": layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis,
+        "center": layer.center if with_activation else center,
+        "channels": decision.channels,
+        "activation": decision.activation if with_activation else None,
+        "name": decision.name if with_activation else layer.name,
+        "dtype": decision.dtype if with_activation else layer.dtype_policy,
+        **({"activity_regularizer": regularizers[0]} if regularizers else {}),
+    }
+
+
+def _check_compensates(plan: Plan, make):
+    for decision in plan.decisions.values():
+        if decision.activation is not None:
+            if not hasattr(make(decision, True), "activation_moments"):
+                raise ValueError(
+                    "Argument `compensate` undoes proxy normalization, so it needs layers that have it, with a method "
+                    "`activation_moments`. Received: compensate=True with another `to`"
+                )
+            break
+
+
+def _carry(plan: Plan, cloner: Cloner, biased, copies: bool) -> dict[int, tuple[str, ...]]:
+    """Carries the state of all layers over; returns the names of those weights of normalizations that were."""
+    carried = {}
+    # Backwards, because a model is cloned after the layers inside it, and freezing it would freeze them all.
+    for source, clone in reversed(cloner.clones.values()):
+        decision = plan.decisions.get(id(source))
+        if is_functional(source) or is_sequential(source):
+            clone.trainable = source.trainable
+        elif decision is not None and decision.action != LEFT:
+            replacements = {id(layer): layer for layer in (clone, cloner.activated.get(id(source), clone))}.values()
+            for layer in replacements:
+                names = carry_by_name(source, layer, copies)
+                carried[id(source)] = tuple(names)
+        elif id(source) in biased:
+            carry_by_name(source, clone, copies)
+        elif isinstance(source, keras.layers.Layer) and clone.built:
+            carry_trainable(source, clone)
+            carry_state(source, clone, copies)
+    return carried
+
+
+def _late_regularizers(cloner):
+    names = [
+        source.name
+        for source, clone in cloner.clones.values()
+        if isinstance(source, keras.layers.Layer) and not isinstance(source, keras.Model)
+        if late_regularizers(source, clone)
+    ]
+    if names:
+        yield (
+            f"The regularizers of the layers {names} were set after these were built. In the old model they do nothing "
+            "until it is saved and loaded; in the new one they take effect."
+        )
+
+
+def _hidden(plan: Plan):
+    for path, layer in plan.hidden.items():
+        yield (
+            f"Layer '{path}' ({type(layer).__name__}) has batch statistics inside, which were not reached, because "
+            "they are not in the graph of a functional or sequential model. They are as they were."
+        )
+
+
+def _nothing_replaced(report):
+    kinds = sorted({layer.layer for layer in report.layers})
+    return f"No normalization layer of the model '{report.model}' was replaced. " + (
+        f"It has {len(report.layers)} ({', '.join(kinds)}), which were left alone; see the report and `layers`."
+        if kinds
+        else "It has none."
+    )
+
+
+def _layer_report(decision: Decision, cloner: Cloner, carried):
+    source = decision.layer
+    report = LayerReport(
+        path=decision.path,
+        layer=type(source).__name__,
+        action=decision.action,
+        frozen=not source.trainable,
+        reason=decision.reason,
+    )
+    if decision.action == LEFT:
+        return report
+    clone = cloner.clone(source)
+    activated = cloner.activated.get(id(source))
+    return dataclasses.replace(
+        report,
+        names=tuple(dict.fromkeys(layer.name for layer in (activated, clone) if layer is not None)),
+        activation=describe_activation(decision.activation),
+        absorbed=tuple(operation.name for operation in decision.absorbed),
+        channels=decision.channels,
+        groups=getattr(clone, "groups", None),
+        center=getattr(clone, "center", None),
+        weights=carried[id(source)],
+    )
