@@ -92,7 +92,9 @@ def read_graphs(model: keras.Model) -> list[Graph]:
 
 def _read_graph(model, path):
     # Custom classes of models have a config of their own, so the graph is read from a plain model of the same tensors.
-    functional = keras.Model(model.input, model.output, name=model.name)
+    # `input` of a sequential model that was called is that of the call.
+    inputs, outputs = (model.inputs, model.outputs) if is_sequential(model) else (model.input, model.output)
+    functional = keras.Model(inputs, outputs, name=model.name)
     try:
         config = functional.get_config()
     except Exception:
