@@ -4,7 +4,14 @@ import tempfile
 
 import keras
 
-__all__ = ["carry_by_name", "carry_compile_state", "carry_state", "carry_trainable", "late_regularizers"]
+__all__ = ["carry_by_name", "carry_compile_state", "carry_state", "carry_trainable", "dtype_of", "late_regularizers"]
+
+
+def dtype_of(layer: keras.layers.Layer):
+    """The dtype policy of a layer, as an argument for another one."""
+    policy = layer.dtype_policy
+    # Layers without a get_config of their own can be saved with a name only.
+    return policy.name if type(policy) is keras.dtype_policies.DTypePolicy else policy
 
 
 def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True):

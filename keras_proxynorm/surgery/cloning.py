@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import keras
 
+from keras_proxynorm.surgery.carrying import dtype_of
 from keras_proxynorm.surgery.graph import cannot_clone
 from keras_proxynorm.surgery.graph import is_functional
 from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.planning import FUSED
 from keras_proxynorm.surgery.planning import LEFT
 from keras_proxynorm.surgery.planning import PLAIN
@@ -60,6 +62,9 @@ class Cloner:
             return self._clone_functional(operation)
         if is_sequential(operation):
             return self._clone_sequential(operation)
+        nested = nested_model(operation)
+        if nested is not None:
+            return type(operation)(self.clone(nested), name=operation.name, dtype=dtype_of(operation))
         decision = self._plan.decisions.get(id(operation))
         if decision is not None and decision.action != LEFT:
             if decision.action != PLAIN:
@@ -68,7 +73,7 @@ class Cloner:
         if isinstance(operation, keras.layers.Lambda):
             return _clone_lambda(operation)
         if id(operation) in self._plan.renamed_outputs:
-            return keras.layers.Identity(name=operation.name, dtype=operation.dtype_policy)
+            return keras.layers.Identity(name=operation.name, dtype=dtype_of(operation))
         try:
             return type(operation).from_config({**operation.get_config(), **self._configs.get(id(operation), {})})
         except Exception as error:  # get_config and from_config are the user's
@@ -154,7 +159,7 @@ def _clone_lambda(layer):
         mask=layer.mask,
         arguments=layer.arguments,
         name=layer.name,
-        dtype=layer.dtype_policy,
+        dtype=dtype_of(layer),
     )
 
 

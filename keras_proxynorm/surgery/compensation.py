@@ -11,8 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.graph import is_functional
-from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.planning import Plan
 
 __all__ = ["Compensation", "Uncompensated", "find_compensations"]
@@ -171,10 +170,10 @@ class _Search:
         normalization = self.plan.absorbed_by(graph, call)
         if normalization is not None:
             return [self.source(normalization, graph.shapes[call.inputs[0]])]
-        if is_functional(operation) or is_sequential(operation):
-            rescalings = self.outputs(self.graphs[id(operation)])
-        else:
-            rescalings = []
+        nested = nested_model(operation)
+        rescalings = [] if nested is None else self.outputs(self.graphs[id(nested)])
+        if nested is not operation:  # TimeDistributed has one more axis, of time
+            rescalings = [x and x._replace(axis=x.axis + 1) for x in rescalings]
         rescaled = [rescaling for rescaling in given if rescaling is not None]
         if not rescaled:
             return rescalings
@@ -215,11 +214,15 @@ class _Search:
         elif isinstance(operation, (*_CONVOLUTIONS, *_DEPTHWISE, *_SEPARABLE)):
             axis = _channel_axis(operation, rank)
             if operation.padding != "valid" and set(operation.kernel_size) != {1}:
-                return f"{kind} whose padding, '{operation.padding}', has zeros where the offset would have to be"
+                return f"{kind} with padding='{operation.padding}', which has zeros where the offset would have to be"
         elif self.plan.decisions.get(id(operation)) is not None:
             return f"{kind}, whose statistics it changes"
+        elif nested_model(operation) is not None:
+            return "a nested model, into which it is not followed"
+        elif type(operation).__name__.startswith("ZeroPadding"):
+            return f"{kind}, which has zeros where the offset would have to be"
         else:
-            return f"{kind} is not linear in one input for each channel"
+            return f"{kind}, which does not take it back or pass it on"
         if rescaling is None or rescaling.axis != axis:
             return f"{kind} along another axis than that of the channels"
         if self.plan.calls[id(operation)] > 1:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import keras
 
-__all__ = ["Call", "Graph", "Tensor", "cannot_clone", "is_functional", "is_sequential", "read_graphs"]
+__all__ = ["Call", "Graph", "Tensor", "cannot_clone", "is_functional", "is_sequential", "nested_model", "read_graphs"]
 
 
 class Tensor(NamedTuple):
@@ -75,6 +75,13 @@ def is_functional(operation) -> bool:
     return isinstance(operation, keras.Model) and hasattr(operation, "operations")
 
 
+def nested_model(operation) -> keras.Model | None:
+    """The model that an operation runs: itself, or the model inside a `TimeDistributed`; None if there is none."""
+    if isinstance(operation, keras.layers.TimeDistributed):
+        operation = operation.layer
+    return operation if is_functional(operation) or is_sequential(operation) else None
+
+
 def read_graphs(model: keras.Model) -> list[Graph]:
     """The graphs of `model` and of all models nested in it, each once, outermost first."""
     graphs = {}
@@ -83,8 +90,9 @@ def read_graphs(model: keras.Model) -> list[Graph]:
         if id(model) not in graphs:
             graphs[id(model)] = graph = _read_graph(model, path)
             for call in graph.calls:
-                if is_functional(call.operation) or is_sequential(call.operation):
-                    read(call.operation, f"{path}{call.operation.name}/")
+                nested = nested_model(call.operation)
+                if nested is not None:
+                    read(nested, f"{path}{call.operation.name}/")
 
     read(model, "")
     return list(graphs.values())
@@ -112,8 +120,8 @@ def _read_graph(model, path):
         # A functional model is born with one node, from its inputs to its outputs.
         first = 1 if is_functional(operation) else 0
         for node, node_config in enumerate(operation_config["inbound_nodes"], start=first):
-            read = dict(_tensors(node_config))
-            calls.append(Call(operation, node, tuple(read)))
+            read = list(_tensors(node_config))
+            calls.append(Call(operation, node, tuple(tensor for tensor, _ in read)))
             shapes.update(read)
     return Graph(
         model=model,
@@ -148,5 +156,5 @@ def cannot_clone(operation: keras.Operation, error: Exception) -> ValueError:
         f"Layer '{operation.name}' ({type(operation).__name__}) cannot be cloned, because it cannot be made from its "
         "config. Its class needs a `get_config()` with all arguments of its constructor, and custom functions in it "
         "need `keras.saving.register_keras_serializable()`. "
-        f"Received: {type(error).__name__}: {error}"
+        f"Received: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     )

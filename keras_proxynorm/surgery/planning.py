@@ -12,8 +12,7 @@ from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.activation_nodes import same_activation
 from keras_proxynorm.surgery.graph import Call
 from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.graph import is_functional
-from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import nested_model
 
 __all__ = ["FUSED", "LEFT", "PLAIN", "SPLIT", "Decision", "Plan", "make_plan"]
 
@@ -76,7 +75,6 @@ class Decision:
         activation: The activation that is contained in the new layer, or None.
         absorbed: The operations that apply this activation now, and vanish.
         name: The name of the layer with the activation.
-        dtype: The dtype policy of the layer with the activation.
         activation_follows: Whether an activation, or something unknown, comes later; only for `PLAIN`.
         reason: Why it is left alone, or why the activation behind it is not contained in it.
     """
@@ -88,9 +86,13 @@ class Decision:
     activation: Any = None
     absorbed: tuple[keras.Operation, ...] = ()
     name: str | None = None
-    dtype: Any = None
     activation_follows: bool = True
     reason: str | None = None
+
+    @property
+    def outermost(self) -> keras.layers.Layer:
+        """The layer whose output that of the layer with the activation is, if no function is: it has its dtype."""
+        return next((layer for layer in self.absorbed if isinstance(layer, keras.layers.Layer)), self.layer)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,6 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
             activation=readers_activations[0][2],
             absorbed=absorbed,
             name=_name(layer, readers_activations, calls, mixed),
-            dtype=_dtype_policy(layer, absorbed),
         )
     if fuses and not is_batch_norm:
         return left(reason or f"a {type(layer).__name__} that does not feed one activation alone")
@@ -221,12 +222,6 @@ def _why_not_fused(layer, readers):
             f"its dtype policy, {layer.dtype_policy.name}, and those of its activations, {policies}, do not go together"
         )
     return None
-
-
-def _dtype_policy(layer, absorbed):
-    # The output of the new layer is that of the activation.
-    policies = [operation.dtype_policy for operation in absorbed if isinstance(operation, keras.layers.Layer)]
-    return policies[0] if policies else layer.dtype_policy
 
 
 def _name(layer, readers, calls, mixed):
@@ -276,7 +271,6 @@ def _activation_follows(graph, tensor):
 def _hides_batch_statistics(operation):
     return (
         isinstance(operation, keras.layers.Layer)
-        and not is_functional(operation)
-        and not is_sequential(operation)
+        and nested_model(operation) is None
         and any(variable.name == "moving_variance" for variable in operation.variables)
     )

@@ -15,6 +15,7 @@ from keras_proxynorm.surgery.carrying import carry_by_name
 from keras_proxynorm.surgery.carrying import carry_compile_state
 from keras_proxynorm.surgery.carrying import carry_state
 from keras_proxynorm.surgery.carrying import carry_trainable
+from keras_proxynorm.surgery.carrying import dtype_of
 from keras_proxynorm.surgery.carrying import late_regularizers
 from keras_proxynorm.surgery.cloning import Cloner
 from keras_proxynorm.surgery.compensation import Compensation
@@ -22,6 +23,7 @@ from keras_proxynorm.surgery.compensation import Uncompensated
 from keras_proxynorm.surgery.compensation import find_compensations
 from keras_proxynorm.surgery.graph import is_functional
 from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.planning import LEFT
 from keras_proxynorm.surgery.planning import Decision
@@ -253,7 +255,7 @@ def _arguments(decision, with_activation, center, copies):
         "channels": decision.channels,
         "activation": decision.activation if with_activation else None,
         "name": decision.name if with_activation else layer.name,
-        "dtype": decision.dtype if with_activation else layer.dtype_policy,
+        "dtype": dtype_of(decision.outermost if with_activation else layer),
         **({"activity_regularizer": regularizers[0]} if regularizers else {}),
     }
 
@@ -275,7 +277,7 @@ def _carry(plan: Plan, cloner: Cloner, biased, copies: bool) -> dict[int, tuple[
     # Backwards, because a model is cloned after the layers inside it, and freezing it would freeze them all.
     for source, clone in reversed(cloner.clones.values()):
         decision = plan.decisions.get(id(source))
-        if is_functional(source) or is_sequential(source):
+        if nested_model(source) is not None:
             clone.trainable = source.trainable
         elif decision is not None and decision.action != LEFT:
             replacements = {id(layer): layer for layer in (clone, cloner.activated.get(id(source), clone))}.values()

@@ -99,7 +99,7 @@ def _check_exactness(name):
     absorbed = [name for layer in report.layers for name in layer.absorbed]
     names = {layer.name for layer in model.layers}
     assert len(absorbed) == len(set(absorbed))
-    # The name of every activation is still there, on the layer that contains it. Of several equal ones, it is the first.
+    # The name of every activation is still there, on the layer that contains it; of several equal ones, that of one.
     missing = set(absorbed) - {layer.name for layer in replaced.layers}
     assert len(missing) == sum(len(layer.absorbed) - 1 for layer in report.layers if layer.absorbed)
     assert replaced.output_names == model.output_names and replaced.layers[0].name == model.layers[0].name
@@ -136,7 +136,7 @@ def test_the_result_trains_and_loads_in_a_fresh_process(name, tmp_path):
     x = image(2, *model.input_shape[1:])
     history = model.fit(x, np.array([1, 2]), batch_size=1, steps_per_epoch=1, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
-    np.savez(tmp_path / "data.npz", x=x, y=model.predict(x, verbose=0))
+    np.savez(tmp_path / "data.npz", x=x, y=model(x, training=False))
     model.save(tmp_path / "model.keras")
     keras.utils.clear_session()
     del model
