@@ -117,9 +117,7 @@ def _read_graph(model, path):
     calls, shapes = [], {}
     for operation_config in config["layers"]:
         operation = operations[operation_config["name"]]
-        # A functional model is born with one node, from its inputs to its outputs.
-        first = 1 if is_functional(operation) else 0
-        for node, node_config in enumerate(operation_config["inbound_nodes"], start=first):
+        for node, node_config in enumerate(operation_config["inbound_nodes"]):
             read = list(_tensors(node_config))
             calls.append(Call(operation, node, tuple(tensor for tensor, _ in read)))
             shapes.update(read)
@@ -130,9 +128,14 @@ def _read_graph(model, path):
         operations=operations,
         calls=tuple(calls),
         inputs=tuple(keras.tree.flatten(config["input_layers"])[::3]),
-        outputs=tuple(Tensor(*place) for place in _in_threes(keras.tree.flatten(config["output_layers"]))),
+        outputs=tuple(_output(operations, *place) for place in _in_threes(keras.tree.flatten(config["output_layers"]))),
         shapes=shapes,
     )
+
+
+def _output(operations, name, node, output_index):
+    # Functional models are born with a node, which is counted here and only here.
+    return Tensor(name, node - is_functional(operations[name]), output_index)
 
 
 def _tensors(config) -> Iterator[tuple[Tensor, tuple]]:
