@@ -4,36 +4,51 @@ import keras
 
 from keras_proxynorm.moments import resolve_activation
 
-__all__ = ["activation_of", "describe_activation", "same_activation"]
+__all__ = ["activation_of", "describe_activation", "looks_like_activation", "same_activation"]
 
-# What keras.ops and keras.activations leave in a graph when they are called as functions, by class name, as functions
-# of the operation's arguments. Softmax and its kin are missing on purpose: they do not act on each element alone.
+_LAYERS = (
+    keras.layers.Activation,
+    keras.layers.ELU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+)
+
+# What functions of keras.ops and keras.activations leave in a graph, by the names of their classes: those that have no
+# arguments, with the names of the activations,
 _OPERATIONS = {
-    "Celu": lambda config: keras.activations.celu if config["alpha"] == 1 else None,
-    "Elu": lambda config: keras.activations.elu if config["alpha"] == 1 else keras.layers.ELU(config["alpha"]),
-    # The approximate one has no name of its own: Keras would save it as "gelu" and load the exact one.
-    "Gelu": lambda config: None if config["approximate"] else keras.activations.gelu,
-    "HardShrink": lambda config: keras.activations.hard_shrink if config["threshold"] == 0.5 else None,
-    "LeakyRelu": lambda config: keras.layers.LeakyReLU(config["negative_slope"]),
-    "ReLU": lambda config: _relu(config["negative_slope"], config["max_value"], config["threshold"]),
-    "SoftShrink": lambda config: keras.activations.soft_shrink if config["threshold"] == 0.5 else None,
-    "Squareplus": lambda config: keras.activations.squareplus if config["b"] == 4 else None,
-    "HardSigmoid": lambda config: keras.activations.hard_sigmoid,
-    "HardSilu": lambda config: keras.activations.hard_silu,
-    "HardTanh": lambda config: keras.activations.hard_tanh,
-    "LogSigmoid": lambda config: keras.activations.log_sigmoid,
-    "Relu": lambda config: keras.activations.relu,
-    "Relu6": lambda config: keras.activations.relu6,
-    "Selu": lambda config: keras.activations.selu,
-    "Sigmoid": lambda config: keras.activations.sigmoid,
-    "Silu": lambda config: keras.activations.silu,
-    "Softplus": lambda config: keras.activations.softplus,
-    "Softsign": lambda config: keras.activations.softsign,
-    "SparsePlus": lambda config: keras.activations.sparse_plus,
-    "SparseSigmoid": lambda config: keras.activations.sparse_sigmoid,
-    "Tanh": lambda config: keras.activations.tanh,
-    "TanhShrink": lambda config: keras.activations.tanh_shrink,
+    "HardSigmoid": "hard_sigmoid",
+    "HardSilu": "hard_silu",
+    "HardTanh": "hard_tanh",
+    "LogSigmoid": "log_sigmoid",
+    "Relu": "relu",
+    "Relu6": "relu6",
+    "Selu": "selu",
+    "Sigmoid": "sigmoid",
+    "Silu": "silu",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
+    "SparsePlus": "sparse_plus",
+    "SparseSigmoid": "sparse_sigmoid",
+    "Tanh": "tanh",
+    "TanhShrink": "tanh_shrink",
 }
+# those that are activations only with these arguments, because with others Keras would save them under the same name,
+_OPERATIONS_WITH_DEFAULTS = {
+    "Celu": ("celu", {"alpha": 1.0}),
+    "Gelu": ("gelu", {"approximate": False}),
+    "HardShrink": ("hard_shrink", {"threshold": 0.5}),
+    "SoftShrink": ("soft_shrink", {"threshold": 0.5}),
+    "Squareplus": ("squareplus", {"b": 4}),
+}
+# and those that are layers, too.
+_OPERATIONS_WITH_LAYERS = {
+    "Elu": lambda alpha: _elu(alpha),
+    "LeakyRelu": keras.layers.LeakyReLU,
+    "ReLU": lambda **arguments: _relu(**arguments),
+}
+_OTHER_OPERATIONS = ("Glu", "LogSoftmax", "Mish", "Softmax", "Sparsemax", "Threshold")
 
 
 def activation_of(operation: keras.Operation):
@@ -48,19 +63,42 @@ def activation_of(operation: keras.Operation):
     return None if identity else activation
 
 
+def looks_like_activation(operation: keras.Operation) -> bool:
+    """Whether it is an activation, be it one that a normalization layer can contain or not."""
+    if isinstance(operation, _LAYERS):
+        return getattr(operation, "activation", None) is not keras.activations.linear
+    known = (*_OPERATIONS, *_OPERATIONS_WITH_DEFAULTS, *_OPERATIONS_WITH_LAYERS, *_OTHER_OPERATIONS)
+    return _is_function(operation) and type(operation).__name__ in known
+
+
+def _is_function(operation):
+    return not isinstance(operation, keras.layers.Layer) and type(operation).__module__.startswith("keras.")
+
+
 def _activation(operation):
-    if isinstance(operation, keras.layers.Activation):
+    # The classes themselves: what a subclass does, nobody knows.
+    if type(operation) is keras.layers.Activation:
         return operation.activation
-    if isinstance(operation, keras.layers.ReLU):
+    if type(operation) is keras.layers.ReLU:
         return _relu(operation.negative_slope, operation.max_value, operation.threshold)
-    if isinstance(operation, keras.layers.LeakyReLU):
+    if type(operation) is keras.layers.LeakyReLU:
         return keras.layers.LeakyReLU(operation.negative_slope)
-    if isinstance(operation, keras.layers.ELU):
-        return keras.activations.elu if operation.alpha == 1 else keras.layers.ELU(operation.alpha)
-    if isinstance(operation, keras.layers.Layer) or not type(operation).__module__.startswith("keras."):
+    if type(operation) is keras.layers.ELU:
+        return _elu(operation.alpha)
+    if not _is_function(operation):
         return None
-    make = _OPERATIONS.get(type(operation).__name__)
-    return make and make(operation.get_config())
+    name, arguments = type(operation).__name__, operation.get_config()
+    arguments.pop("name")
+    if name in _OPERATIONS:
+        return getattr(keras.activations, _OPERATIONS[name])
+    if name in _OPERATIONS_WITH_DEFAULTS:
+        activation, defaults = _OPERATIONS_WITH_DEFAULTS[name]
+        return getattr(keras.activations, activation) if arguments == defaults else None
+    return _OPERATIONS_WITH_LAYERS[name](**arguments) if name in _OPERATIONS_WITH_LAYERS else None
+
+
+def _elu(alpha):
+    return keras.activations.elu if alpha == 1 else keras.layers.ELU(alpha)
 
 
 def _relu(negative_slope, max_value, threshold):
@@ -81,11 +119,11 @@ def same_activation(first, second) -> bool:
 def describe_activation(activation) -> str | None:
     """A short name such as `"relu"` or `"LeakyReLU(negative_slope=0.1)"`; None for None."""
     if isinstance(activation, keras.layers.Layer):
-        arguments = ", ".join(f"{key}={value}" for key, value in _arguments(activation).items())
+        arguments = ", ".join(f"{key}={value}" for key, value in _arguments(activation).items() if value is not None)
         return f"{type(activation).__name__}({arguments})"
     return activation and getattr(activation, "__name__", type(activation).__name__)
 
 
 def _arguments(activation):
     config = activation.get_config()
-    return {key: config[key] for key in ("alpha", "negative_slope", "max_value", "threshold") if config.get(key)}
+    return {key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")}

@@ -1,10 +1,13 @@
 """Carries what a layer has learned, and whether it may learn, over to the layer that takes its place."""
 
 import tempfile
+import warnings
 
 import keras
 
-__all__ = ["carry_by_name", "carry_compile_state", "carry_state", "carry_trainable", "dtype_of", "late_regularizers"]
+from keras_proxynorm.surgery.graph import cannot_clone
+
+__all__ = ["carry_by_name", "carry_compile_state", "carry_own_weights", "carry_state", "dtype_of", "late_regularizers"]
 
 
 def dtype_of(layer: keras.layers.Layer):
@@ -15,27 +18,26 @@ def dtype_of(layer: keras.layers.Layer):
 
 
 def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True):
-    """Copies the weights of a layer and of the layers inside it to its clone, and what preprocessing layers adapted.
+    """Copies weights, what preprocessing layers have adapted to, and what is trainable from a layer to its clone.
 
     Args:
         source: A layer that is built.
         target: Its clone, built.
-        weights: If False, only what preprocessing layers have adapted to is copied: it is no subject of training.
+        weights: If False, weights are not copied, but what preprocessing layers have adapted to still is.
 
     Raises:
-        ValueError: If the clone has other weights than the layer.
+        ValueError: If the clone has other weights than the layer, or the same.
     """
-    sources, targets = source._flatten_layers(), target._flatten_layers()
-    for old, new in zip(sources, targets, strict=True):
+    pairs = list(zip(*_layers_inside(source, target), strict=True))
+    # From the outside in, because setting it on a layer sets it on all layers inside.
+    for old, new in pairs:
+        new.trainable = old.trainable
+    for old, new in zip(source.weights, target.weights, strict=True):
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+    for old, new in pairs:
         if not weights and not hasattr(old, "adapt"):
             continue
-        if [tuple(weight.shape) for weight in old.weights] != [tuple(weight.shape) for weight in new.weights]:
-            raise ValueError(
-                f"Layer '{source.name}' ({type(source).__name__}) cannot be carried over: its clone, made from its "
-                "`get_config()`, has other weights. "
-                f"Expected: {[(weight.name, tuple(weight.shape)) for weight in old.weights]}. "
-                f"Received: {[(weight.name, tuple(weight.shape)) for weight in new.weights]}"
-            )
         # As a file would be written and read, because layers such as Normalization derive more from their weights.
         store: dict = {}
         old.save_own_variables(store)
@@ -45,6 +47,17 @@ def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights:
             with tempfile.TemporaryDirectory() as folder:
                 old.save_assets(folder)
                 new.load_assets(folder)
+
+
+def _layers_inside(source, target):
+    layers = source._flatten_layers(), target._flatten_layers()
+    types = [[type(layer) for layer in inside] for inside in layers]
+    shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (source, target)]
+    if types[0] != types[1] or shapes[0] != shapes[1]:
+        raise cannot_clone(source, ValueError(f"weights of the shapes {shapes[1]}, expected {shapes[0]}"))
+    if {id(weight) for weight in source.weights} & {id(weight) for weight in target.weights}:
+        raise cannot_clone(source, ValueError("a layer with the same variables, so that `get_config` holds a layer"))
+    return layers
 
 
 def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True) -> list[str]:
@@ -69,20 +82,29 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
     return copied
 
 
-def carry_trainable(source: keras.layers.Layer, target: keras.layers.Layer):
-    """Copies the `trainable` of a layer that was cloned, and of the layers and variables inside it."""
-    # From the outside in, because setting it on a layer sets it on all layers inside.
-    for old, new in zip(source._flatten_layers(), target._flatten_layers(), strict=True):
+def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: keras.Model, weights: bool = True) -> bool:
+    """Copies the weights that a model has besides those of the layers in its graph.
+
+    Returns:
+        Whether that was possible; if there are none, it was.
+    """
+    known = {id(weight) for model in (graph_model, target) for layer in model.layers for weight in layer.weights}
+    own, others = ([weight for weight in model.weights if id(weight) not in known] for model in (source, target))
+    if [tuple(weight.shape) for weight in own] != [tuple(weight.shape) for weight in others]:
+        return False
+    for old, new in zip(own, others, strict=True):
         new.trainable = old.trainable
-    for old, new in zip(source.weights, target.weights, strict=True):
-        if new.trainable != old.trainable:
-            new.trainable = old.trainable
+        if weights:
+            new.assign(old)
+    return True
 
 
 def late_regularizers(source: keras.layers.Layer, target: keras.layers.Layer) -> bool:
     """Whether a regularizer was set on a layer after it was built: it does nothing there, but acts in the clone."""
-    regularizers = {weight.name: weight.regularizer for weight in source.weights}
-    return any(weight.regularizer and regularizers.get(weight.name, True) is None for weight in target.weights)
+    if len(source.weights) != len(target.weights):
+        return False
+    pairs = zip(source.weights, target.weights, strict=True)
+    return any(old.name == new.name and old.regularizer is None and new.regularizer is not None for old, new in pairs)
 
 
 def carry_compile_state(source: keras.Model, target: keras.Model) -> list[str]:
@@ -94,10 +116,13 @@ def carry_compile_state(source: keras.Model, target: keras.Model) -> list[str]:
     if not source.compiled:
         return []
     try:
-        target.compile_from_config(source.get_compile_config())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+            target.compile_from_config(source.get_compile_config())
     except Exception as error:  # whatever a custom loss or metric raises when it is made from its config
+        reason = " ".join(str(error).split())[:300]
         return [
-            f"The model was compiled, but the new one could not be ({type(error).__name__}: {error}). "
+            f"The model was compiled, but the new one could not be ({type(error).__name__}: {reason}). "
             "Call `compile` on it."
         ]
     optimizer = getattr(source.optimizer, "inner_optimizer", source.optimizer)

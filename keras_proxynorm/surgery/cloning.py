@@ -1,6 +1,5 @@
 """Builds the new model: clones every layer, puts the replacements in, and lets absorbed activations vanish."""
 
-import functools
 import inspect
 from collections.abc import Callable
 
@@ -11,10 +10,6 @@ from keras_proxynorm.surgery.graph import cannot_clone
 from keras_proxynorm.surgery.graph import is_functional
 from keras_proxynorm.surgery.graph import is_sequential
 from keras_proxynorm.surgery.graph import nested_model
-from keras_proxynorm.surgery.planning import FUSED
-from keras_proxynorm.surgery.planning import LEFT
-from keras_proxynorm.surgery.planning import PLAIN
-from keras_proxynorm.surgery.planning import SPLIT
 from keras_proxynorm.surgery.planning import Decision
 from keras_proxynorm.surgery.planning import Plan
 
@@ -45,9 +40,9 @@ class Cloner:
         self._configs = configs
         self._graphs = {id(graph.model): graph for graph in plan.graphs}
         self._sources: dict[int, keras.Operation] = {}
-        self._absorbed = {id(operation) for decision in plan.decisions.values() for operation in decision.absorbed}
-        # By the id of the tensor in front of an activation that vanishes: this tensor, and what makes the one behind.
-        self._behind: dict[int, tuple] = {}
+        # By the id of the tensor in front of activations that vanish: the normalization, and with what it was called.
+        self._in_front: dict[int, tuple] = {}
+        self._activated_outputs_of: dict[int, keras.KerasTensor] = {}
 
     def clone(self, operation):
         """The clone of a model, a layer or a function of keras.ops; always the same one."""
@@ -56,6 +51,11 @@ class Cloner:
             self.clones[id(operation)] = (operation, clone)
             self._sources[id(clone)] = operation
         return self.clones[id(operation)][1]
+
+    def replacements(self, normalization: keras.layers.Layer) -> list[keras.layers.Layer]:
+        """The layers in the place of a normalization that is replaced: the one with the activation comes first."""
+        layers = [self.activated.get(id(normalization)), self.clone(normalization)]
+        return [layer for index, layer in enumerate(layers) if layer is not None and layer not in layers[:index]]
 
     def _clone(self, operation):
         if is_functional(operation):
@@ -66,14 +66,16 @@ class Cloner:
         if nested is not None:
             return type(operation)(self.clone(nested), name=operation.name, dtype=dtype_of(operation))
         decision = self._plan.decisions.get(id(operation))
-        if decision is not None and decision.action != LEFT:
-            if decision.action != PLAIN:
+        if decision is not None and decision.is_replaced:
+            if decision.has_activated:
                 self.activated[id(operation)] = self._make(decision, True)
-            return self.activated[id(operation)] if decision.action == FUSED else self._make(decision, False)
+            return self._make(decision, False) if decision.has_plain else self.activated[id(operation)]
         if isinstance(operation, keras.layers.Lambda):
             return _clone_lambda(operation)
-        if id(operation) in self._plan.renamed_outputs:
-            return keras.layers.Identity(name=operation.name, dtype=dtype_of(operation))
+        if id(operation) in self._plan.vanishing:
+            # It is called only where an output has its name.
+            decision = self._plan.vanishing[id(operation)]
+            return keras.layers.Identity(name=operation.name, dtype=dtype_of(decision.outermost))
         try:
             return type(operation).from_config({**operation.get_config(), **self._configs.get(id(operation), {})})
         except Exception as error:  # get_config and from_config are the user's
@@ -103,11 +105,11 @@ class Cloner:
         layers: list = []
         for source in model.layers:
             (call,) = graph.calls_of(source)
-            producer = self._plan.absorbed_by(graph, call)
+            decision = self._plan.absorbing(graph, call)
             clone = self.clone(source)
-            if producer is not None:
-                layers[-1] = self.activated[id(producer)]
-            if producer is None or id(source) in self._plan.renamed_outputs:
+            if decision is not None:
+                layers[-1] = self.activated[id(decision.layer)]
+            if decision is None or self._plan.is_renamed_output(source):
                 layers.append(clone)
         if type(model) is not keras.Sequential:
             self._note_class(model, "keras.Sequential")
@@ -123,32 +125,38 @@ class Cloner:
     def _note_class(self, model, instead):
         self.notes.append(
             f"Model '{model.name}' is a {type(model).__name__}; its replacement is a {instead} of the same graph, "
-            "without the methods of that class."
+            "without the methods and attributes of that class."
         )
 
     def _call(self, clone, *args, **kwargs):
         source = self._sources[id(clone)]
-        behind = [
-            self._behind[id(tensor)] for tensor in keras.tree.flatten((args, kwargs)) if id(tensor) in self._behind
-        ]
-        if behind and id(source) in self._absorbed:
-            ((_, activated),) = behind
-            return clone(activated()) if id(source) in self._plan.renamed_outputs else activated()
+        for tensor in keras.tree.flatten((args, kwargs)):
+            if id(tensor) in self._in_front:
+                decision = self._in_front[id(tensor)][1]
+                if any(operation is source for operation in decision.absorbed):
+                    outputs = self._activated_outputs(tensor)
+                    return clone(outputs) if self._plan.is_renamed_output(source) else outputs
         decision = self._plan.decisions.get(id(source))
-        if decision is None or decision.action == LEFT:
+        if decision is None or not decision.is_replaced:
             return clone(*args, **kwargs)
-        kwargs = inspect.signature(source.call).bind(*args, **kwargs).arguments
-        inputs = kwargs.pop("inputs")
+        arguments = inspect.signature(source.call).bind(*args, **kwargs).arguments
+        (_, inputs), *others = arguments.items()
         # The calls of BatchNormalization carry `training` and `mask`, which other layers need not know.
         taken = inspect.signature(clone.call).parameters
-        kwargs = {key: value for key, value in kwargs.items() if key in taken and value is not None}
+        kwargs = {key: value for key, value in others if key in taken and value is not None}
         outputs = clone(inputs, **kwargs)
-        if decision.action == FUSED:
-            self._behind[id(outputs)] = (outputs, lambda: outputs)
-        elif decision.action == SPLIT:
-            activated = functools.cache(lambda: self.activated[id(source)](inputs, **kwargs))
-            self._behind[id(outputs)] = (outputs, activated)
+        if decision.has_activated:
+            self._in_front[id(outputs)] = (outputs, decision, inputs, kwargs)
         return outputs
+
+    def _activated_outputs(self, tensor):
+        """The tensor behind the activations that vanish and read `tensor`."""
+        _, decision, inputs, kwargs = self._in_front[id(tensor)]
+        if not decision.has_plain:
+            return tensor
+        if id(tensor) not in self._activated_outputs_of:
+            self._activated_outputs_of[id(tensor)] = self.activated[id(decision.layer)](inputs, **kwargs)
+        return self._activated_outputs_of[id(tensor)]
 
 
 def _clone_lambda(layer):
@@ -165,4 +173,5 @@ def _clone_lambda(layer):
 
 def _has_functional_constructor(cls):
     spec = inspect.getfullargspec(cls.__init__)
-    return spec.args[1:] == ["inputs", "outputs", "name"] or (spec.varargs is not None and spec.varkw is not None)
+    passes_on = spec.varargs is not None and spec.varkw is not None
+    return not spec.kwonlyargs and (spec.args[1:] == ["inputs", "outputs", "name"] or passes_on)

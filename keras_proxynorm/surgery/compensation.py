@@ -12,36 +12,16 @@ from keras import ops
 
 from keras_proxynorm.surgery.graph import Graph
 from keras_proxynorm.surgery.graph import nested_model
+from keras_proxynorm.surgery.layer_kinds import CONVOLUTIONS
+from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
+from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.surgery.layer_kinds import SEPARABLE
+from keras_proxynorm.surgery.layer_kinds import passes_affine
 from keras_proxynorm.surgery.planning import Plan
+from keras_proxynorm.surgery.planning import channel_axis
+from keras_proxynorm.surgery.report import Uncompensated
 
 __all__ = ["Compensation", "Uncompensated", "find_compensations"]
-
-# What passes a scale and an offset for each channel on, unchanged. Poolings of windows that reach over the border do,
-# because they leave the padding out; upsamplings do, because the weights of their interpolation sum to 1.
-_PASSING = (
-    *(
-        keras.layers.Dropout,
-        keras.layers.SpatialDropout1D,
-        keras.layers.SpatialDropout2D,
-        keras.layers.SpatialDropout3D,
-    ),
-    keras.layers.Identity,
-    *(
-        getattr(keras.layers, f"{kind}{rank}D")
-        for kind in (
-            "AveragePooling",
-            "MaxPooling",
-            "GlobalAveragePooling",
-            "GlobalMaxPooling",
-            "Cropping",
-            "UpSampling",
-        )
-        for rank in (1, 2, 3)
-    ),
-)
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 
 
 class Rescaling(NamedTuple):
@@ -75,13 +55,13 @@ class Compensation:
     def apply(self, layer: keras.layers.Layer):
         """Changes the kernel and the bias of `layer`, the clone."""
         scale, shift = self.rescaling.values()
-        if isinstance(layer, _SEPARABLE):
+        if isinstance(layer, SEPARABLE):
             depthwise, pointwise = (ops.convert_to_numpy(x) for x in (layer.depthwise_kernel, layer.pointwise_kernel))
             offset = _depthwise_offset(depthwise, shift) @ pointwise.reshape(-1, pointwise.shape[-1])
             layer.depthwise_kernel.assign(depthwise * scale[:, None])
         else:
             kernel = ops.convert_to_numpy(layer.kernel)
-            if isinstance(layer, _DEPTHWISE):
+            if isinstance(layer, DEPTHWISE):
                 offset = _depthwise_offset(kernel, shift)
                 layer.kernel.assign(kernel * scale[:, None])
             else:
@@ -89,14 +69,6 @@ class Compensation:
                 offset = (kernel * shift).reshape(-1, kernel.shape[-1]).sum(axis=0)
                 layer.kernel.assign(kernel * scale)
         layer.bias.assign(ops.convert_to_numpy(layer.bias) + offset)
-
-
-class Uncompensated(NamedTuple):
-    """A place where a rescaling could not be taken back."""
-
-    sources: tuple[str, ...]
-    path: str
-    reason: str
 
 
 def _depthwise_offset(kernel, shift):
@@ -144,7 +116,7 @@ class _Search:
 
     def lose(self, rescalings, path, reason):
         sources = tuple(source for rescaling in rescalings for source in rescaling.sources)
-        self.uncompensated.append(Uncompensated(sources, path, reason))
+        self.uncompensated.append(Uncompensated(path, reason, sources))
 
     def outputs(self, graph: Graph):
         """The rescaling of each output of `graph`, or None."""
@@ -167,9 +139,9 @@ class _Search:
     def behind(self, graph, call, given):
         """The rescalings of the outputs of `call`, from those of its inputs."""
         operation, path = call.operation, graph.path + call.operation.name
-        normalization = self.plan.absorbed_by(graph, call)
-        if normalization is not None:
-            return [self.source(normalization, graph.shapes[call.inputs[0]])]
+        decision = self.plan.absorbing(graph, call)
+        if decision is not None:
+            return [self.source(decision, graph.shapes[call.inputs[0]])]
         nested = nested_model(operation)
         rescalings = [] if nested is None else self.outputs(self.graphs[id(nested)])
         if nested is not operation:  # TimeDistributed has one more axis, of time
@@ -177,11 +149,11 @@ class _Search:
         rescaled = [rescaling for rescaling in given if rescaling is not None]
         if not rescaled:
             return rescalings
-        if isinstance(operation, _PASSING):
+        if passes_affine(operation):
             passed = _passed(operation, given[0], graph.shapes[call.inputs[0]])
-        elif isinstance(operation, keras.layers.Flatten):
+        elif type(operation) is keras.layers.Flatten:
             passed = _flattened(operation, given[0], graph.shapes[call.inputs[0]])
-        elif isinstance(operation, keras.layers.Concatenate):
+        elif type(operation) is keras.layers.Concatenate:
             passed = _concatenated(operation, given, [graph.shapes[tensor] for tensor in call.inputs])
         else:
             passed = None
@@ -194,32 +166,28 @@ class _Search:
             self.lose(rescaled, path, reason)
         return rescalings
 
-    def source(self, normalization, shape):
-        axis = normalization.axis[0] if isinstance(normalization.axis, (list, tuple)) else normalization.axis
-
+    def source(self, decision, shape):
         def values():
-            mean, variance = self.layer_of(normalization).activation_moments()
-            scale = np.sqrt(ops.convert_to_numpy(variance) + self.layer_of(normalization).proxy_epsilon)
-            return scale, ops.convert_to_numpy(mean)
+            layer = self.layer_of(decision.layer)
+            mean, variance = (ops.convert_to_numpy(x) for x in layer.activation_moments())
+            return np.sqrt(variance + layer.proxy_epsilon), mean
 
-        path = self.plan.decisions[id(normalization)].path
-        return Rescaling(axis % len(shape), (path,), values)
+        return Rescaling(channel_axis(decision.layer) % len(shape), (decision.path,), values)
 
     def why_not(self, operation, rescaling, tensor, graph):
         """Why the weights of `operation` cannot take back `rescaling`; None if they can."""
-        kind = f"a {type(operation).__name__}"
+        kind = type(operation).__name__
         rank = len(graph.shapes[tensor])
-        if isinstance(operation, keras.layers.Dense):
-            axis = rank - 1
-        elif isinstance(operation, (*_CONVOLUTIONS, *_DEPTHWISE, *_SEPARABLE)):
+        if type(operation) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE):
             axis = _channel_axis(operation, rank)
-            if operation.padding != "valid" and set(operation.kernel_size) != {1}:
-                return f"{kind} with padding='{operation.padding}', which has zeros where the offset would have to be"
-        elif self.plan.decisions.get(id(operation)) is not None:
+            padding = getattr(operation, "padding", "valid")
+            if padding != "valid" and set(operation.kernel_size) != {1}:
+                return f"{kind} with padding='{padding}', which has zeros where the offset would have to be"
+        elif isinstance(operation, NORMALIZATIONS):
             return f"{kind}, whose statistics it changes"
         elif nested_model(operation) is not None:
-            return "a nested model, into which it is not followed"
-        elif type(operation).__name__.startswith("ZeroPadding"):
+            return "nested model, into which it is not followed"
+        elif kind.startswith("ZeroPadding"):
             return f"{kind}, which has zeros where the offset would have to be"
         else:
             return f"{kind}, which does not take it back or pass it on"
@@ -227,6 +195,11 @@ class _Search:
             return f"{kind} along another axis than that of the channels"
         if self.plan.calls[id(operation)] > 1:
             return f"{kind} that is called more than once"
+        # Quantized layers, and those with low-rank adapters, whose kernels are not what is stored.
+        if any(not keras.backend.is_float_dtype(weight.dtype) for weight in operation.weights) or getattr(
+            operation, "lora_enabled", False
+        ):
+            return f"{kind} whose kernel is quantized or adapted"
         return None
 
 

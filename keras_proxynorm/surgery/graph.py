@@ -42,6 +42,7 @@ class Graph:
         inputs: The names of the input layers.
         outputs: The tensors that the model returns.
         shapes: The shapes of the tensors that are read by a call.
+        dtypes: Their dtypes.
     """
 
     model: keras.Model
@@ -52,6 +53,7 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     shapes: dict[Tensor, tuple]
+    dtypes: dict[Tensor, str]
 
     def operation(self, tensor: Tensor) -> keras.Operation:
         """The operation that `tensor` comes from."""
@@ -59,6 +61,10 @@ class Graph:
 
     def consumers(self, tensor: Tensor) -> list[Call]:
         return [call for call in self.calls if tensor in call.inputs]
+
+    def returns(self, operation: keras.Operation) -> bool:
+        """Whether an output of the model is one of `operation`."""
+        return any(self.operation(tensor) is operation for tensor in self.outputs)
 
     def calls_of(self, operation: keras.Operation) -> list[Call]:
         return [call for call in self.calls if call.operation is operation]
@@ -114,13 +120,14 @@ def _read_graph(model, path):
                 raise cannot_clone(operation, error) from error
         raise
     operations = {operation.name: operation for operation in functional.operations}
-    calls, shapes = [], {}
+    calls, shapes, dtypes = [], {}, {}
     for operation_config in config["layers"]:
         operation = operations[operation_config["name"]]
         for node, node_config in enumerate(operation_config["inbound_nodes"]):
             read = list(_tensors(node_config))
             calls.append(Call(operation, node, tuple(tensor for tensor, _ in read)))
-            shapes.update(read)
+            shapes.update((tensor, tuple(config["shape"])) for tensor, config in read)
+            dtypes.update((tensor, config["dtype"]) for tensor, config in read)
     return Graph(
         model=model,
         path=path,
@@ -130,6 +137,7 @@ def _read_graph(model, path):
         inputs=tuple(keras.tree.flatten(config["input_layers"])[::3]),
         outputs=tuple(_output(operations, *place) for place in _in_threes(keras.tree.flatten(config["output_layers"]))),
         shapes=shapes,
+        dtypes=dtypes,
     )
 
 
@@ -138,9 +146,9 @@ def _output(operations, name, node, output_index):
     return Tensor(name, node - is_functional(operations[name]), output_index)
 
 
-def _tensors(config) -> Iterator[tuple[Tensor, tuple]]:
+def _tensors(config) -> Iterator[tuple[Tensor, dict]]:
     if isinstance(config, dict) and config.get("class_name") == "__keras_tensor__":
-        yield Tensor(*config["config"]["keras_history"]), tuple(config["config"]["shape"])
+        yield Tensor(*config["config"]["keras_history"]), config["config"]
     elif isinstance(config, dict):
         for value in config.values():
             yield from _tensors(value)

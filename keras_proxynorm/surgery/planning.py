@@ -4,61 +4,24 @@ import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from typing import NamedTuple
 
 import keras
 
 from keras_proxynorm.surgery.activation_nodes import activation_of
 from keras_proxynorm.surgery.activation_nodes import describe_activation
+from keras_proxynorm.surgery.activation_nodes import looks_like_activation
 from keras_proxynorm.surgery.activation_nodes import same_activation
 from keras_proxynorm.surgery.graph import Call
 from keras_proxynorm.surgery.graph import Graph
 from keras_proxynorm.surgery.graph import nested_model
+from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.surgery.layer_kinds import absorbs_offset
+from keras_proxynorm.surgery.layer_kinds import passes_offset
 
-__all__ = ["FUSED", "LEFT", "PLAIN", "SPLIT", "Decision", "Plan", "make_plan"]
+__all__ = ["Decision", "Plan", "channel_axis", "make_plan"]
 
 FUSED, PLAIN, SPLIT, LEFT = "fused", "plain", "split", "left alone"
-
-NORMALIZATIONS = (
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.LayerNormalization,
-)
-
-# Layers and operations that an offset for each channel passes through, on its way to an activation or a linear layer.
-_PASSED_LAYERS = (
-    *(keras.layers.Add, keras.layers.Average, keras.layers.Concatenate, keras.layers.Multiply, keras.layers.Subtract),
-    *(
-        keras.layers.Dropout,
-        keras.layers.SpatialDropout1D,
-        keras.layers.SpatialDropout2D,
-        keras.layers.SpatialDropout3D,
-    ),
-    *(keras.layers.Flatten, keras.layers.Identity, keras.layers.Permute, keras.layers.Reshape),
-    *(
-        getattr(keras.layers, f"{kind}{rank}D")
-        for kind in (
-            "AveragePooling",
-            "MaxPooling",
-            "GlobalAveragePooling",
-            "GlobalMaxPooling",
-            "ZeroPadding",
-            "Cropping",
-        )
-        for rank in (1, 2, 3)
-    ),
-    *(keras.layers.UpSampling1D, keras.layers.UpSampling2D, keras.layers.UpSampling3D),
-)
-_PASSED_OPERATIONS = ("Add", "Concatenate", "GetItem", "Mean", "Multiply", "Reshape", "Subtract", "Transpose")
-# Layers that have an offset of their own, or do without, so that none is needed in front of them.
-_LINEAR_LAYERS = (
-    *NORMALIZATIONS,
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    *(getattr(keras.layers, f"{kind}{rank}D") for kind in ("Conv",) for rank in (1, 2, 3)),
-    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
-    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
-    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
-)
 
 
 @dataclass(frozen=True)
@@ -68,14 +31,14 @@ class Decision:
     Attributes:
         layer: The layer.
         path: Its name, behind the names of the models that it is nested in.
-        action: `FUSED`: it becomes one layer together with its activation. `PLAIN`: it becomes a layer without
-            activation. `SPLIT`: its output is read with and without activation, and it becomes one layer of each kind.
-            `LEFT`: it stays.
+        action: "fused": it becomes one layer together with its activation. "plain": it becomes a layer without
+            activation. "split": its output is read with and without activation, and it becomes one layer of each kind.
+            "left alone".
         channels: The number of its channels, 0 if it is left alone.
         activation: The activation that is contained in the new layer, or None.
         absorbed: The operations that apply this activation now, and vanish.
         name: The name of the layer with the activation.
-        activation_follows: Whether an activation, or something unknown, comes later; only for `PLAIN`.
+        activation_follows: Whether an activation, or something unknown, comes later; for a layer without activation.
         reason: Why it is left alone, or why the activation behind it is not contained in it.
     """
 
@@ -88,6 +51,20 @@ class Decision:
     name: str | None = None
     activation_follows: bool = True
     reason: str | None = None
+
+    @property
+    def is_replaced(self) -> bool:
+        return self.action != LEFT
+
+    @property
+    def has_activated(self) -> bool:
+        """Whether it becomes a layer with an activation, among others."""
+        return self.action in (FUSED, SPLIT)
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether it becomes a layer without activation, among others."""
+        return self.action in (PLAIN, SPLIT)
 
     @property
     def outermost(self) -> keras.layers.Layer:
@@ -103,19 +80,44 @@ class Plan:
         graphs: The graphs of the model and of the models nested in it.
         decisions: By the `id` of the normalization layer.
         calls: How often an operation is called in all graphs, by its `id`.
-        renamed_outputs: The `id`s of activations that vanish although an output of the model has their name.
-        hidden: Layers with batch statistics inside, where no graph leads, by their paths.
+        vanishing: The decisions by the `id`s of the activations that they absorb, of those that are applied to nothing
+            else.
+        hidden: By the paths of layers with batch statistics inside, where no graph leads: of how many normalizations.
     """
 
     graphs: tuple[Graph, ...]
     decisions: dict[int, Decision]
     calls: collections.Counter
-    renamed_outputs: set[int]
-    hidden: dict[str, keras.layers.Layer]
+    vanishing: dict[int, Decision]
+    hidden: dict[str, int]
 
-    def absorbed_by(self, graph: Graph, call: Call) -> keras.layers.Layer | None:
-        """The normalization whose replacement contains the activation that this call applies."""
-        return _absorbed_by(self.decisions, graph, call)
+    def absorbing(self, graph: Graph, call: Call) -> Decision | None:
+        """The decision by which the activation that this call applies is contained in a normalization."""
+        return _absorbing(self.decisions, graph, call)
+
+    def is_renamed_output(self, operation: keras.Operation) -> bool:
+        """Whether an output of a model has the name of this activation, which vanishes."""
+        decision = self.vanishing.get(id(operation))
+        return (
+            decision is not None
+            and decision.name != operation.name
+            and any(graph.returns(operation) for graph in self.graphs if operation.name in graph.operations)
+        )
+
+
+class _Reader(NamedTuple):
+    graph: Graph
+    call: Call
+    activation: Any
+
+    @property
+    def operation(self):
+        return self.call.operation
+
+
+def channel_axis(layer: keras.layers.Layer) -> int:
+    """The axis of a normalization layer that has one."""
+    return layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
 
 
 def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], bool], fuses: bool) -> Plan:
@@ -136,26 +138,29 @@ def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], 
         for call in graph.calls:
             if isinstance(call.operation, NORMALIZATIONS):
                 uses[id(call.operation)].append((graph, call))
-            elif _hides_batch_statistics(call.operation):
-                hidden[graph.path + call.operation.name] = call.operation
+            elif nested_model(call.operation) is None and isinstance(call.operation, keras.layers.Layer):
+                names = [variable.name for variable in call.operation.variables]
+                if "moving_variance" in names:
+                    hidden[graph.path + call.operation.name] = names.count("moving_variance")
     decisions = {key: _decide(used, calls, selects, fuses) for key, used in uses.items()}
-    # Where such an activation is also applied to something else, it stays, with its name.
-    kept = {id(call.operation) for graph in graphs for call in graph.calls if not _absorbed_by(decisions, graph, call)}
-    renamed_outputs = {
-        id(operation)
-        for decision in decisions.values()
-        for operation in decision.absorbed
-        if operation.name != decision.name and id(operation) not in kept
-        if any(_is_output(graph, operation) and graph.calls_of(operation) for graph in graphs)
+    absorbed = [
+        (call.operation, _absorbing(decisions, graph, call))
+        for graph in graphs
+        for call in graph.calls
+        if looks_like_activation(call.operation)
+    ]
+    needed = {id(operation) for operation, decision in absorbed if decision is None}
+    vanishing = {
+        id(operation): decision for operation, decision in absorbed if decision and id(operation) not in needed
     }
-    return Plan(tuple(graphs), decisions, calls, renamed_outputs, hidden)
+    return Plan(tuple(graphs), decisions, calls, vanishing, hidden)
 
 
-def _absorbed_by(decisions, graph, call):
-    producers = [decisions.get(id(graph.operation(tensor))) for tensor in call.inputs]
-    for decision in producers:
+def _absorbing(decisions, graph, call) -> Decision | None:
+    for tensor in call.inputs:
+        decision = decisions.get(id(graph.operation(tensor)))
         if decision is not None and any(operation is call.operation for operation in decision.absorbed):
-            return decision.layer
+            return decision
     return None
 
 
@@ -163,91 +168,108 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
     graph, call = used[0]
     layer = call.operation
     path = graph.path + layer.name
-
-    def left(reason):
-        return Decision(layer, path, LEFT, reason=reason)
-
     is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
-    if not selects(path, layer):
-        return left("not selected" if is_batch_norm else f"a {type(layer).__name__}, which was not asked for")
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    if len(axes) > 1:
-        return left(f"its scale and offset differ between positions: axis={layer.axis}")
-    channels = graph.shapes[call.inputs[0]][axes[0]]
+    reason = _why_left_alone(path, used, selects)
+    if reason is not None:
+        return Decision(layer, path, LEFT, reason=reason)
+    channels = graph.shapes[call.inputs[0]][channel_axis(layer)]
 
     readers = [
-        (reading, reader.operation, activation_of(reader.operation))
-        for reading, call in used
-        for reader in reading.consumers(call.output)
+        _Reader(graph, reader, _activation_to_absorb(graph, reader, calls))
+        for graph, call in used
+        for reader in graph.consumers(call.output)
     ]
-    readers_activations = [reader for reader in readers if reader[2] is not None]
-    mixed = len(readers_activations) < len(readers) or any(call.output in graph.outputs for graph, call in used)
-    reason = _why_not_fused(layer, readers_activations) if fuses else "the new layers contain no activation"
-    if readers_activations and reason is None and (is_batch_norm or not mixed):
-        absorbed = tuple({id(operation): operation for _, operation, _ in readers_activations}.values())
+    activated = [reader for reader in readers if reader.activation is not None]
+    mixed = len(activated) < len(readers) or any(call.output in graph.outputs for graph, call in used)
+    reason = _why_not_fused(layer, readers, activated, fuses)
+    if activated and reason is None and (is_batch_norm or not mixed):
         return Decision(
             layer,
             path,
             SPLIT if mixed else FUSED,
             channels,
-            activation=readers_activations[0][2],
-            absorbed=absorbed,
-            name=_name(layer, readers_activations, calls, mixed),
+            activation=activated[0].activation,
+            absorbed=tuple({id(reader.operation): reader.operation for reader in activated}.values()),
+            name=_name(layer, activated, calls, [graph for graph, _ in used], mixed),
         )
     if fuses and not is_batch_norm:
-        return left(reason or f"a {type(layer).__name__} that does not feed one activation alone")
-    return Decision(
-        layer,
-        path,
-        PLAIN,
-        channels,
-        activation_follows=any(_activation_follows(graph, call.output) for graph, call in used),
-        reason=reason if readers_activations else None,
-    )
-
-
-def _why_not_fused(layer, readers):
-    if any(not same_activation(activation, readers[0][2]) for *_, activation in readers):
-        names = {describe_activation(activation): None for *_, activation in readers}
-        return f"different activations read its output: {', '.join(names)}"
-    if layer.activity_regularizer is not None:
-        return "its activity_regularizer reads the output in front of the activation"
-    policies = {operation.dtype_policy.name for _, operation, _ in readers if isinstance(operation, keras.layers.Layer)}
-    if len(policies) > 1 or any(
-        operation.dtype_policy.variable_dtype != layer.dtype_policy.variable_dtype
-        for _, operation, _ in readers
-        if isinstance(operation, keras.layers.Layer)
-    ):
-        return (
-            f"its dtype policy, {layer.dtype_policy.name}, and those of its activations, {policies}, do not go together"
+        return Decision(
+            layer, path, LEFT, reason=reason or f"{type(layer).__name__} that does not feed one activation alone"
         )
+    follows = any(_activation_follows(graph, call.output) for graph, call in used)
+    return Decision(layer, path, PLAIN, channels, activation_follows=follows, reason=reason)
+
+
+def _why_left_alone(path, used, selects):
+    layer = used[0][1].operation
+    if not selects(path, layer):
+        is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
+        return "not selected" if is_batch_norm else f"{type(layer).__name__}, which was not asked for"
+    if isinstance(layer.axis, (list, tuple)) and len(layer.axis) > 1:
+        return f"its scale and offset differ between positions: axis={layer.axis}"
+    if getattr(layer, "rms_scaling", False):
+        return "it does not subtract the mean: rms_scaling=True"
+    for graph, call in used:
+        dtype = graph.dtypes[call.inputs[0]]
+        if not keras.backend.is_float_dtype(dtype):
+            return f"its input is {dtype}"
     return None
 
 
-def _name(layer, readers, calls, mixed):
+def _activation_to_absorb(graph, call, calls):
+    # An output has the name of the operation that it comes from. One that is needed elsewhere keeps its name there.
+    if call.output in graph.outputs and calls[id(call.operation)] > 1:
+        return None
+    return activation_of(call.operation)
+
+
+def _why_not_fused(layer, readers, activated, fuses):
+    """Why an activation that reads the output of `layer` is not contained in the new layer; None if there is none."""
+    others = [reader.operation for reader in readers if reader.activation is None]
+    if not activated:
+        kept = [operation for operation in others if looks_like_activation(operation)]
+        return f"{kept[0].name} ({type(kept[0]).__name__}) cannot be contained in it" if kept else None
+    if not fuses:
+        return "the new layers contain no activation"
+    if any(not same_activation(reader.activation, activated[0].activation) for reader in activated):
+        names = dict.fromkeys(describe_activation(reader.activation) for reader in activated)
+        return f"different activations read its output: {', '.join(names)}"
+    layers = {id(x.operation): x.operation for x in activated if isinstance(x.operation, keras.layers.Layer)}.values()
+    if layer.activity_regularizer is not None:
+        return "its activity_regularizer reads the output in front of the activation"
+    if len(layers) > 1 and any(activation.activity_regularizer is not None for activation in layers):
+        return "of several activations, one has an activity_regularizer"
+    policies = {activation.dtype_policy.name for activation in layers}
+    if len(policies) > 1 or any(
+        activation.dtype_policy.variable_dtype != layer.dtype_policy.variable_dtype for activation in layers
+    ):
+        return f"the dtype policies do not go together: {layer.dtype_policy.name}, and of activations {policies}"
+    if any(
+        type(reader.operation).__name__ == "Multiply" and set(reader.inputs) & set(activation.call.inputs)
+        for activation in activated
+        for reader in activation.graph.consumers(activation.call.output)
+    ):
+        return f"{describe_activation(activated[0].activation)} is the gate of its output"
+    return None
+
+
+def _name(layer, activated, calls, graphs, mixed):
     """The name of an activation that vanishes, so that `get_layer` and the names of outputs stay the same."""
+    own = {id(reader.operation) for reader in activated} | (set() if mixed else {id(layer)})
+    taken = {operation.name for graph in graphs for operation in graph.operations.values() if id(operation) not in own}
+    outputs = [reader.operation.name for reader in activated if reader.graph.returns(reader.operation)]
     names = [
-        operation.name
-        for graph, operation, _ in readers
-        if calls[id(operation)] == 1
+        reader.operation.name
+        for reader in activated
+        if calls[id(reader.operation)] == 1
         # A function has no name that anybody gave it, but an output may be known by it.
-        and (isinstance(operation, keras.layers.Layer) or _is_output(graph, operation))
+        and (isinstance(reader.operation, keras.layers.Layer) or reader.operation.name in outputs)
     ]
-    outputs = [operation.name for graph, operation, _ in readers if _is_output(graph, operation)]
     names.sort(key=lambda name: name not in outputs)
-    if names:
-        return names[0]
-    if not mixed:
-        return layer.name
-    taken = {operation.name for graph, *_ in readers for operation in graph.functional.operations}
-    name = f"{layer.name}_activation"
-    while name in taken:
-        name += "_1"
-    return name
-
-
-def _is_output(graph, operation):
-    return any(tensor.operation == operation.name for tensor in graph.outputs)
+    names += [layer.name, f"{layer.name}_activation"]
+    while names[-1] in taken:
+        names.append(names[-1] + "_1")
+    return next(name for name in names if name not in taken)
 
 
 def _activation_follows(graph, tensor):
@@ -258,19 +280,10 @@ def _activation_follows(graph, tensor):
         if tensor in graph.outputs:
             return True
         for reader in graph.consumers(tensor):
-            operation = reader.operation
-            if isinstance(operation, _PASSED_LAYERS) or type(operation).__name__ in _PASSED_OPERATIONS:
+            if passes_offset(reader.operation):
                 if reader.output not in seen:
                     seen.add(reader.output)
                     waiting.append(reader.output)
-            elif not isinstance(operation, _LINEAR_LAYERS):
+            elif not absorbs_offset(reader.operation):
                 return True
     return False
-
-
-def _hides_batch_statistics(operation):
-    return (
-        isinstance(operation, keras.layers.Layer)
-        and nested_model(operation) is None
-        and any(variable.name == "moving_variance" for variable in operation.variables)
-    )

@@ -1,11 +1,10 @@
 """Puts other normalizations into a model that exists: the one public function of the surgery."""
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Callable
-from collections.abc import Iterable
 from typing import Literal
-from typing import TypeAlias
 
 import keras
 
@@ -13,30 +12,30 @@ from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.carrying import carry_by_name
 from keras_proxynorm.surgery.carrying import carry_compile_state
+from keras_proxynorm.surgery.carrying import carry_own_weights
 from keras_proxynorm.surgery.carrying import carry_state
-from keras_proxynorm.surgery.carrying import carry_trainable
 from keras_proxynorm.surgery.carrying import dtype_of
 from keras_proxynorm.surgery.carrying import late_regularizers
 from keras_proxynorm.surgery.cloning import Cloner
 from keras_proxynorm.surgery.compensation import Compensation
-from keras_proxynorm.surgery.compensation import Uncompensated
 from keras_proxynorm.surgery.compensation import find_compensations
 from keras_proxynorm.surgery.graph import is_functional
 from keras_proxynorm.surgery.graph import is_sequential
 from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.graph import read_graphs
-from keras_proxynorm.surgery.planning import LEFT
 from keras_proxynorm.surgery.planning import Decision
 from keras_proxynorm.surgery.planning import Plan
+from keras_proxynorm.surgery.planning import channel_axis
 from keras_proxynorm.surgery.planning import make_plan
 from keras_proxynorm.surgery.report import LayerReport
 from keras_proxynorm.surgery.report import ReplacementReport
+from keras_proxynorm.surgery.report import Uncompensated
+from keras_proxynorm.surgery.selection import LayerSelection
+from keras_proxynorm.surgery.selection import selector
 from keras_proxynorm.surgery.targets import Target
 from keras_proxynorm.surgery.targets import choose_groups
 
 __all__ = ["replace_normalization"]
-
-LayerSelection: TypeAlias = str | type | Iterable[str | type] | Callable[[keras.layers.Layer], bool] | None
 
 
 def replace_normalization(
@@ -66,9 +65,9 @@ def replace_normalization(
             proxy normalization and with the activations where they were, ``"group_norm"``
             (`keras.layers.GroupNormalization`) and ``"layer_norm"`` (the same with one group). Or a function that makes
             a layer. It is called with those of these keyword arguments that it names: `activation`, `channels`,
-            `groups`, `axis`, `epsilon`, `center`, `scale`, `beta_initializer`, `gamma_initializer`, and the
-            `_regularizer` and `_constraint` of both; and with `name` and `dtype`, which it must hand on. If it does not
-            name `activation`, activations stay where they are. A class of layers is such a function.
+            `groups`, `axis`, `epsilon`, `center`, `scale`, and `_initializer`, `_regularizer` and `_constraint` of
+            `beta` and `gamma`; and with `name` and `dtype`, which it must hand on. If it does not name `activation`,
+            activations stay where they are. A class of layers is such a function.
         groups: The largest number of groups. A layer gets the largest divisor of its number of channels that is not
             larger and leaves `min_channels_per_group` in each group; 1 if there is none. A `GroupNormalization` keeps
             its own.
@@ -78,15 +77,17 @@ def replace_normalization(
         compensate: Proxy normalization rescales and shifts what the next layers read. If True, the kernels and biases
             of the layers that read it take that back, so that copied weights mean what they meant. That is exact, and
             done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also behind pooling,
-            cropping, flattening, dropout and concatenation. Layers without bias get one. The report says where it was
-            not possible; there, weights stay as they are.
+            cropping, flattening, dropout (at inference) and concatenation. Layers without bias get one. The report says
+            where it was not possible; there, weights stay as they are. Regularizers and constraints of kernels see the
+            new values.
         center: Whether layers without activation have an offset. By default they have one where weights are copied;
             with fresh weights they have one where an activation follows later, as behind the sum in a ResNet, and none
             elsewhere, as in the paper. An offset that was not there is never added by default.
-        layers: Which layers to replace: classes, names (alone or with the models they are nested in, such as
-            ``"backbone/conv1_bn"``) or a function of a layer. By default every `BatchNormalization`. A
-            `LayerNormalization` or `GroupNormalization` that is asked for is replaced if it feeds one activation, or if
-            the new layers do not contain activations.
+        layers: Which layers to replace: layers, names (alone or with the models they are nested in, such as
+            ``"backbone/conv1_bn"``), classes, several of these, or a function of a layer. By default every
+            `BatchNormalization`. A `LayerNormalization` or `GroupNormalization` that is asked for is replaced if it
+            feeds one activation, or if the new layers do not contain activations. Mind that a `LayerNormalization`
+            has statistics for each position, and what replaces it has not.
         return_report: If True, return the report, too.
         **layer_kwargs: Further arguments of the new layers, such as `epsilon`, `scale` or `proxy_epsilon`. By default
             the `epsilon`, `scale`, initializers, regularizers and constraints of the old ones are kept.
@@ -100,6 +101,7 @@ def replace_normalization(
           proxy, which is then N(0, 1), until `trainable` is set.
         - If the model was compiled, so is the new one, with a fresh optimizer.
         - A dtype policy stays with its layer; a fused layer has that of the activation.
+        - Random seeds of dropout and the like start anew.
 
     Raises:
         ValueError: For bad arguments; for a model that is not built, or is neither functional nor sequential; and for
@@ -128,54 +130,54 @@ def replace_normalization(
     min_channels_per_group = _positive("min_channels_per_group", min_channels_per_group)
     if weights not in ("copy", "fresh"):
         raise ValueError(f"Argument `weights` must be 'copy' or 'fresh'. Received: weights={weights!r}")
-    if compensate and weights == "fresh":
-        raise ValueError(
-            "Argument `compensate` keeps the meaning of copied weights, so it needs weights='copy'. "
-            "Received: compensate=True, weights='fresh'"
-        )
+    if center not in (None, True, False):
+        raise ValueError(f"Argument `center` must be None, True or False. Received: center={center!r}")
+    copies = weights == "copy"
     target = Target(to, layer_kwargs)
     graphs = read_graphs(model)
-    plan = make_plan(graphs, _selector(layers, graphs), target.fuses)
+    plan = make_plan(graphs, selector(layers, graphs), target.fuses)
 
     def make(decision: Decision, with_activation: bool):
         own_groups = getattr(decision.layer, "groups", None)
-        return target.make(
-            {
-                **_arguments(decision, with_activation, center, weights == "copy"),
-                "groups": own_groups or choose_groups(decision.channels, groups, min_channels_per_group),
-            }
-        )
+        arguments = _arguments(decision, with_activation, center, copies)
+        arguments["groups"] = own_groups or choose_groups(decision.channels, groups, min_channels_per_group)
+        layer = target.make(arguments)
+        layer.activity_regularizer = _activity_regularizer(decision, with_activation)
+        return layer
 
     compensations: list[Compensation] = []
     uncompensated: list[Uncompensated] = []
     if compensate:
-        _check_compensates(plan, make)
+        _check_compensate(compensate, copies, target, plan, make)
         compensations, uncompensated = find_compensations(plan, lambda layer: cloner.activated[id(layer)])
-    biased = {id(compensation.layer): {"use_bias": True} for compensation in compensations}
+    # Layers that have no bias get one. What a layer says about the bias that it has not was never meant to act.
+    bias = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
+    biased = {id(x.layer): bias for x in compensations if not x.layer.use_bias}
     cloner = Cloner(plan, make, biased)
     new_model = cloner.clone(model)
-    notes = [*cloner.notes, *_hidden(plan)]
 
-    carried = _carry(plan, cloner, biased, weights == "copy")
+    notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan)]
+    notes += _carry(plan, cloner, set(biased), copies)
     for compensation in compensations:
         compensation.apply(cloner.clone(compensation.layer))
     notes += _late_regularizers(cloner)
     notes += carry_compile_state(model, new_model)
-
+    layer_reports = tuple(_layer_report(decision, cloner, copies) for decision in plan.decisions.values())
+    if not any(decision.is_replaced for decision in plan.decisions.values()):
+        notes.append(_nothing_replaced(model, layer_reports))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     report = ReplacementReport(
         model=model.name,
         to=target.name,
-        layers=tuple(_layer_report(decision, cloner, carried) for decision in plan.decisions.values()),
+        layers=layer_reports,
+        hidden=plan.hidden,
         parameters_before=model.count_params(),
         parameters_after=new_model.count_params(),
         compensated={compensation.path: compensation.rescaling.sources for compensation in compensations},
-        uncompensated={place.path: place.reason for place in uncompensated},
+        uncompensated=tuple(uncompensated),
         warnings=tuple(notes),
     )
-    if not report.replaced:
-        notes.append(_nothing_replaced(report))
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
     return (new_model, report) if return_report else new_model
 
 
@@ -208,30 +210,6 @@ def _positive(name, value):
     return value
 
 
-def _selector(layers: LayerSelection, graphs):
-    """`layers` as a function of a path and a layer."""
-    if layers is None:
-        layers = keras.layers.BatchNormalization
-    if callable(layers) and not isinstance(layers, type):
-        return lambda path, layer: bool(layers(layer))
-    chosen = [layers] if isinstance(layers, (str, type)) else list(layers)
-    classes = tuple(item for item in chosen if isinstance(item, type))
-    names = {item for item in chosen if isinstance(item, str)}
-    known = {
-        name
-        for graph in graphs
-        for operation in graph.operations.values()
-        for name in (operation.name, graph.path + operation.name)
-    }
-    unknown = sorted(names - known)
-    if unknown or len(classes) + len(names) < len(set(chosen)):
-        raise ValueError(
-            "Argument `layers` must be names or classes of layers of the model, or a function of a layer. "
-            f"Received: layers={layers!r}" + (f", but there is no layer {unknown}" if unknown else "")
-        )
-    return lambda path, layer: isinstance(layer, classes) or bool(names & {path, layer.name})
-
-
 _CARRIED_ARGUMENTS = [
     "epsilon",
     "scale",
@@ -242,54 +220,73 @@ _CARRIED_ARGUMENTS = [
 def _arguments(decision, with_activation, center, copies):
     """What a factory is offered for the layer with the activation, or for the one without."""
     layer = decision.layer
-    config = layer.get_config()
-    if not with_activation and center is None:
+    config = {**vars(layer), **layer.get_config()}
+    if center is None:
         center = layer.center and (copies or decision.activation_follows)
-    activations = [layer for layer in decision.absorbed if isinstance(layer, keras.layers.Layer)]
-    regularized = activations if with_activation else [layer]
-    regularizers = [layer.activity_regularizer for layer in regularized if layer.activity_regularizer is not None]
     return {
         **{key: config[key] for key in _CARRIED_ARGUMENTS},
-        "axis": layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis,
+        "axis": channel_axis(layer),
         "center": layer.center if with_activation else center,
         "channels": decision.channels,
         "activation": decision.activation if with_activation else None,
         "name": decision.name if with_activation else layer.name,
         "dtype": dtype_of(decision.outermost if with_activation else layer),
-        **({"activity_regularizer": regularizers[0]} if regularizers else {}),
     }
 
 
-def _check_compensates(plan: Plan, make):
-    for decision in plan.decisions.values():
-        if decision.activation is not None:
-            if not hasattr(make(decision, True), "activation_moments"):
-                raise ValueError(
-                    "Argument `compensate` undoes proxy normalization, so it needs layers that have it, with a method "
-                    "`activation_moments`. Received: compensate=True with another `to`"
-                )
-            break
+def _activity_regularizer(decision, with_activation):
+    layers = decision.absorbed if with_activation else [decision.layer]
+    regularizers = [getattr(layer, "activity_regularizer", None) for layer in layers]
+    return next((regularizer for regularizer in regularizers if regularizer is not None), None)
 
 
-def _carry(plan: Plan, cloner: Cloner, biased, copies: bool) -> dict[int, tuple[str, ...]]:
-    """Carries the state of all layers over; returns the names of those weights of normalizations that were."""
-    carried = {}
+def _check_compensate(compensate, copies, target, plan: Plan, make):
+    if not isinstance(compensate, bool):
+        raise ValueError(f"Argument `compensate` must be True or False. Received: compensate={compensate!r}")
+    if not copies:
+        raise ValueError(
+            "Argument `compensate` keeps the meaning of copied weights, so it needs weights='copy'. "
+            "Received: compensate=True, weights='fresh'"
+        )
+    activated = next((make(decision, True) for decision in plan.decisions.values() if decision.has_activated), None)
+    if not target.fuses or (activated is not None and not hasattr(activated, "activation_moments")):
+        raise ValueError(
+            "Argument `compensate` undoes proxy normalization, so it needs layers that have it, with the method "
+            f"`activation_moments`. Received: compensate=True, to={target.name!r}"
+        )
+
+
+def _carry(plan: Plan, cloner: Cloner, biased: set[int], copies: bool):
+    """Carries the state of all layers over; yields what did not come through."""
+    graph_models = {id(graph.model): graph.functional for graph in plan.graphs}
     # Backwards, because a model is cloned after the layers inside it, and freezing it would freeze them all.
     for source, clone in reversed(cloner.clones.values()):
         decision = plan.decisions.get(id(source))
         if nested_model(source) is not None:
             clone.trainable = source.trainable
-        elif decision is not None and decision.action != LEFT:
-            replacements = {id(layer): layer for layer in (clone, cloner.activated.get(id(source), clone))}.values()
-            for layer in replacements:
-                names = carry_by_name(source, layer, copies)
-                carried[id(source)] = tuple(names)
+            graph_model = graph_models.get(id(source))
+            if graph_model is not None and not carry_own_weights(source, clone, graph_model, copies):
+                yield f"The weights that model '{source.name}' has outside its graph did not come through."
+        elif decision is not None and decision.is_replaced:
+            for layer in cloner.replacements(source):
+                carry_by_name(source, layer, copies)
         elif id(source) in biased:
             carry_by_name(source, clone, copies)
-        elif isinstance(source, keras.layers.Layer) and clone.built:
-            carry_trainable(source, clone)
+        elif isinstance(source, keras.layers.Layer) and id(source) not in plan.vanishing:
             carry_state(source, clone, copies)
-    return carried
+
+
+def _shared_inside(plan: Plan):
+    """Layers that are part of several others: `get_config` does not know that they are the same."""
+    paths: dict[int, dict[int, str]] = collections.defaultdict(dict)
+    for graph in plan.graphs:
+        for operation in graph.operations.values():
+            if isinstance(operation, keras.layers.Layer) and nested_model(operation) is None:
+                for layer in operation._flatten_layers():
+                    paths[id(layer)][id(operation)] = graph.path + operation.name
+    for layers in paths.values():
+        if len(layers) > 1:
+            yield f"The layers {list(layers.values())} share weights. In the new model each has its own."
 
 
 def _late_regularizers(cloner):
@@ -307,23 +304,25 @@ def _late_regularizers(cloner):
 
 
 def _hidden(plan: Plan):
-    for path, layer in plan.hidden.items():
+    if plan.hidden:
+        count, total = sum(plan.hidden.values()), sum(plan.hidden.values()) + len(plan.decisions)
+        names = [repr(path) for path in plan.hidden]
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more, see the report" if len(names) > 5 else "")
         yield (
-            f"Layer '{path}' ({type(layer).__name__}) has batch statistics inside, which were not reached, because "
-            "they are not in the graph of a functional or sequential model. They are as they were."
+            f"{count} of {total} normalizations were not reached and are as they were, because they are inside layers, "
+            f"where the graph of the model does not lead: {listed}."
         )
 
 
-def _nothing_replaced(report):
-    kinds = sorted({layer.layer for layer in report.layers})
-    return f"No normalization layer of the model '{report.model}' was replaced. " + (
-        f"It has {len(report.layers)} ({', '.join(kinds)}), which were left alone; see the report and `layers`."
-        if kinds
-        else "It has none."
-    )
+def _nothing_replaced(model, layer_reports):
+    found = "none in its graph"
+    if layer_reports:
+        kinds = ", ".join(sorted({layer.layer for layer in layer_reports}))
+        found = f"{len(layer_reports)} ({kinds}), which were left alone; see the report and the argument `layers`"
+    return f"No normalization layer of the model '{model.name}' was replaced. It has {found}."
 
 
-def _layer_report(decision: Decision, cloner: Cloner, carried):
+def _layer_report(decision: Decision, cloner: Cloner, copies: bool):
     source = decision.layer
     report = LayerReport(
         path=decision.path,
@@ -332,17 +331,17 @@ def _layer_report(decision: Decision, cloner: Cloner, carried):
         frozen=not source.trainable,
         reason=decision.reason,
     )
-    if decision.action == LEFT:
+    if not decision.is_replaced:
         return report
-    clone = cloner.clone(source)
-    activated = cloner.activated.get(id(source))
+    replacements = cloner.replacements(source)
+    weights = {weight.name for layer in replacements for weight in layer.weights} if copies else ()
     return dataclasses.replace(
         report,
-        names=tuple(dict.fromkeys(layer.name for layer in (activated, clone) if layer is not None)),
+        names=tuple(layer.name for layer in replacements),
         activation=describe_activation(decision.activation),
         absorbed=tuple(operation.name for operation in decision.absorbed),
         channels=decision.channels,
-        groups=getattr(clone, "groups", None),
-        center=getattr(clone, "center", None),
-        weights=carried[id(source)],
+        groups=getattr(replacements[0], "groups", None),
+        center=getattr(replacements[-1], "center", None),
+        weights=tuple(weight.name for weight in source.weights if weight.name in weights),
     )

@@ -5,7 +5,22 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 
-__all__ = ["LayerReport", "ReplacementReport"]
+__all__ = ["LayerReport", "ReplacementReport", "Uncompensated"]
+
+
+@dataclass(frozen=True)
+class Uncompensated:
+    """A place where the rescaling by proxy normalization could not be taken back.
+
+    Attributes:
+        path: The layer that reads what is rescaled, or the output that is.
+        reason: Why not.
+        sources: The paths of the normalizations that it comes from.
+    """
+
+    path: str
+    reason: str
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,21 +66,24 @@ class ReplacementReport:
         model: The name of the model.
         to: What the normalizations were replaced by.
         layers: A `LayerReport` for each normalization layer, in the order of the model.
+        hidden: How many batch normalizations are inside layers, where the graph of the model does not lead, and are as
+            they were, by the paths of these layers.
         parameters_before: The number of the model's parameters.
         parameters_after: The number of those of the new model.
         compensated: For each layer whose weights took the rescaling by proxy normalization back, by its path: the
             paths of the normalizations that it reads. Only with `compensate=True`.
-        uncompensated: For each layer that reads a rescaled activation and could not take it back, by its path: why.
+        uncompensated: An `Uncompensated` for each place where that was not possible.
         warnings: What did not come through as it was.
     """
 
     model: str
     to: str
     layers: tuple[LayerReport, ...]
+    hidden: dict[str, int]
     parameters_before: int
     parameters_after: int
     compensated: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    uncompensated: dict[str, str] = field(default_factory=dict)
+    uncompensated: tuple[Uncompensated, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def count(self, action: str) -> int:
@@ -93,44 +111,54 @@ class ReplacementReport:
         return "\n".join([*self._table(), "", *self._summary()])
 
     def _table(self):
-        rows = [("layer", "became", "groups", "")]
+        rows = [("layer", "became", "groups", "notes")]
         for layer in self.layers:
-            names = " and ".join(layer.names) or "-"
+            became = f"{layer.action}: {' and '.join(layer.names)}" if layer.names else layer.action
             notes = [
+                layer.layer if layer.layer != "BatchNormalization" else "",
                 f"with {layer.activation}" if layer.activation else "",
+                f"also {', '.join(layer.absorbed[1:])}" if layer.absorbed[1:] else "",
                 "without offset" if layer.center is False else "",
                 "frozen" if layer.frozen else "",
                 layer.reason or "",
             ]
-            action = f"{layer.action}: {names}" if layer.names else layer.action
-            rows.append((layer.path, action, str(layer.groups or ""), ", ".join(note for note in notes if note)))
+            rows.append((layer.path, became, str(layer.groups or ""), "; ".join(note for note in notes if note)))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        for *cells, note in rows:
-            yield "  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), note]).rstrip()
+        for *cells, notes in rows:
+            yield "  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), notes]).rstrip()
 
     def _summary(self):
         yield f"{self.model}: {self.replaced} of {len(self.layers)} normalization layers replaced by {self.to}"
         for action, meaning in (
-            ("fused", "together with the activation"),
-            ("split", "one layer with the activation, one without"),
-            ("plain", "no activation, or none that can be fused"),
-            ("left alone", ""),
+            ("fused", "with the activation behind it, which vanished"),
+            ("split", "into a layer with the activation behind it and one without"),
+            ("plain", "without activation"),
+            ("left alone", "as they were"),
         ):
             layers = [layer for layer in self.layers if layer.action == action]
             if layers:
-                details = collections.Counter(layer.activation or layer.reason for layer in layers)
-                listed = ", ".join(f"{count} {detail}" for detail, count in details.items() if detail)
-                yield f"  {action + ':':<14}{len(layers):>4}  {'; '.join(x for x in (meaning, listed) if x)}".rstrip()
+                yield f"  {action:<14}{len(layers):>6}  {meaning}"
+            details = collections.Counter(layer.activation or layer.reason for layer in layers)
+            for detail, count in details.items():
+                if detail is not None:
+                    yield f"  {'':<14}{count:>6}  - {detail}"
+        if self.hidden:
+            yield f"  {'not reached':<14}{sum(self.hidden.values()):>6}  inside layers:"
+            for path, count in self.hidden.items():
+                yield f"  {'':<14}{count:>6}  - {path}"
         if self.groups:
-            yield "  groups:         " + ", ".join(f"{groups} in {count}" for groups, count in self.groups.items())
-        yield f"  parameters:     {self.parameters_before:,} before, {self.parameters_after:,} after"
+            yield f"  {'groups':<14}  " + ", ".join(
+                f"{groups} ({count} layers)" for groups, count in self.groups.items()
+            )
+        yield f"  {'parameters':<14}  {self.parameters_before:,} before, {self.parameters_after:,} after"
         if self.compensated or self.uncompensated:
-            yield f"  compensated:    {len(self.compensated)} layers; not possible in {len(self.uncompensated)}:"
-            reasons = collections.Counter(self.uncompensated.values())
-            for reason, count in reasons.items():
-                yield f"    {count} times: {reason}"
+            yield f"  {'compensated':<14}{len(self.compensated):>6}  layers that take the rescaling of their input back"
+            yield f"  {'not possible':<14}{len(self.uncompensated):>6}"
+            for reason, count in collections.Counter(place.reason for place in self.uncompensated).items():
+                (path, *_) = (place.path for place in self.uncompensated if place.reason == reason)
+                yield f"  {'':<14}{count:>6}  - {reason} ({'e.g. ' if count > 1 else ''}{path})"
         for warning in self.warnings:
-            yield f"  warning:        {warning}"
+            yield f"  {'warning':<14}  {warning}"
 
 
 def _plain(value):

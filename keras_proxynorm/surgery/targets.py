@@ -19,6 +19,9 @@ TARGETS: dict[str, Callable[..., keras.layers.Layer]] = {
 }
 
 
+_DECIDED_BY_THE_MODEL = {"activation", "axis", "channels", "name", "trainable"}
+
+
 class Target:
     """A factory of layers and which of the arguments on offer it takes.
 
@@ -36,7 +39,7 @@ class Target:
         self.factory = TARGETS[to] if isinstance(to, str) else to
         self.name = to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__)
         self.layer_kwargs = layer_kwargs
-        parameters = inspect.signature(self.factory).parameters.values()
+        parameters = _parameters(self.factory)
         bound = self.factory.keywords if isinstance(self.factory, functools.partial) else {}
         self._named = {
             parameter.name
@@ -44,17 +47,25 @@ class Target:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         } - set(bound)
         self._takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        if "activation" in bound:
+            raise ValueError(
+                "Argument `to` must not fix the activation, which comes from the model. "
+                f"Received: to={to!r} with activation={bound['activation']!r}"
+            )
         for name in ("name", "dtype"):
             if not self._takes_any and name not in self._named:
                 raise ValueError(
                     f"Argument `to` must be a function that takes the keyword argument `{name}` and hands it on to the "
                     f"layer. Received: to={to!r} with the arguments {sorted(self._named)}"
                 )
+        # What a class of layers takes besides are the arguments of keras.layers.Layer.
+        makes_layers = inspect.isclass(getattr(self.factory, "func", self.factory))
+        allowed = (self._named | {"dtype", "autocast"} if makes_layers else self._named) - _DECIDED_BY_THE_MODEL
         for name in layer_kwargs:
-            if name == "activation" or name in bound or not (self._takes_any or name in self._named):
+            if name not in allowed and (makes_layers or not self._takes_any or name in _DECIDED_BY_THE_MODEL):
                 raise ValueError(
-                    f"Keyword argument `{name}` is not one that can be handed on to {self.name}. "
-                    f"Received: {name}={layer_kwargs[name]!r}"
+                    f"Keyword argument `{name}` is not one that can be handed on to {self.name}; these are "
+                    f"{sorted(allowed)}. Received: {name}={layer_kwargs[name]!r}"
                 )
 
     @property
@@ -71,7 +82,7 @@ class Target:
         taken = {
             key: value
             for key, value in arguments.items()
-            if key in self._named or (key in ("name", "dtype", "activity_regularizer") and self._takes_any)
+            if key in self._named or (key in ("name", "dtype") and self._takes_any)
         }
         layer = self.factory(**{**taken, **self.layer_kwargs})
         if not isinstance(layer, keras.layers.Layer) or layer.name != arguments["name"]:
@@ -80,6 +91,13 @@ class Target:
                 f"{arguments['name']!r}. Received: to={self.factory!r}, which returned {layer!r}"
             )
         return layer
+
+
+def _parameters(factory):
+    try:
+        return inspect.signature(factory).parameters.values()
+    except ValueError as error:  # callables that are not written in Python
+        raise ValueError(f"Argument `to` must be a function with a signature. Received: to={factory!r}") from error
 
 
 def choose_groups(channels: int, groups: int = 32, min_channels_per_group: int = 4) -> int:

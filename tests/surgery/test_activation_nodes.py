@@ -15,7 +15,7 @@ from keras_proxynorm.surgery.activation_nodes import same_activation
 LAYERS = {
     "relu": layers.ReLU(),
     "relu6": layers.ReLU(6),
-    "ReLU(max_value=3.0)": layers.ReLU(3.0),
+    "ReLU(max_value=3.0, negative_slope=0.0, threshold=0.0)": layers.ReLU(3.0),
     "ReLU(negative_slope=0.1, threshold=1.0)": layers.ReLU(negative_slope=0.1, threshold=1.0),
     "LeakyReLU(negative_slope=0.3)": layers.LeakyReLU(),
     "elu": layers.ELU(),
@@ -37,7 +37,7 @@ FUNCTIONS = {
     "log_sigmoid": ops.log_sigmoid,
     "relu": ops.relu,
     "relu6": ops.relu6,
-    "ReLU(max_value=3.0)": lambda x: activations.relu(x, max_value=3.0),
+    "ReLU(max_value=3.0, negative_slope=0.0, threshold=0.0)": lambda x: activations.relu(x, max_value=3.0),
     "selu": ops.selu,
     "sigmoid": activations.sigmoid,
     "silu": ops.silu,

@@ -1,0 +1,65 @@
+"""Which layers pass a scale and an offset of each channel on, and which are linear and could take them in."""
+
+import keras
+
+__all__ = [
+    "CONVOLUTIONS",
+    "DEPTHWISE",
+    "NORMALIZATIONS",
+    "SEPARABLE",
+    "absorbs_offset",
+    "passes_affine",
+    "passes_offset",
+]
+
+_DIMENSIONS = (1, 2, 3)
+
+
+def _classes(*names):
+    return tuple(getattr(keras.layers, name) for name in names)
+
+
+def _classes_of_each_dimension(*names):
+    return _classes(*(f"{name}{dimension}D" for name in names for dimension in _DIMENSIONS))
+
+
+NORMALIZATIONS = _classes("BatchNormalization", "GroupNormalization", "LayerNormalization")
+CONVOLUTIONS = _classes_of_each_dimension("Conv")
+DEPTHWISE = _classes("DepthwiseConv1D", "DepthwiseConv2D")
+SEPARABLE = _classes("SeparableConv1D", "SeparableConv2D")
+
+# Poolings of windows that reach over the border leave the padding out, and the weights of an interpolation sum to 1.
+_AFFINE = _classes("Dropout", "Identity") + _classes_of_each_dimension(
+    *("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling"),
+    *("Cropping", "SpatialDropout", "UpSampling"),
+)
+_OFFSET = (
+    *_AFFINE,
+    *_classes("Add", "Average", "Concatenate", "Multiply", "Subtract", "Flatten", "Permute", "Reshape"),
+    *_classes_of_each_dimension("ZeroPadding"),
+)
+_OFFSET_OPERATIONS = ("Add", "Concatenate", "GetItem", "Mean", "Multiply", "Reshape", "Subtract", "Transpose")
+_LINEAR = (
+    *NORMALIZATIONS,
+    *CONVOLUTIONS,
+    *DEPTHWISE,
+    *SEPARABLE,
+    *_classes("Dense", "EinsumDense"),
+    *_classes("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
+)
+
+
+def passes_affine(operation: keras.Operation) -> bool:
+    """Whether a scale and an offset for each channel of its input are those of its output, to the last bit."""
+    # The class itself: what a subclass does, nobody knows.
+    return type(operation) in _AFFINE
+
+
+def passes_offset(operation: keras.Operation) -> bool:
+    """Whether an offset of its input comes through in some form."""
+    return isinstance(operation, _OFFSET) or type(operation).__name__ in _OFFSET_OPERATIONS
+
+
+def absorbs_offset(operation: keras.Operation) -> bool:
+    """Whether it has an offset of its own, or was made to do without, so that none is needed in front of it."""
+    return isinstance(operation, _LINEAR)
