@@ -148,7 +148,7 @@ class ReplacementReport:
                 yield f"  {'':<14}{count:>6}  - {path}"
         if self.groups:
             yield f"  {'groups':<14}  " + ", ".join(
-                f"{groups} ({count} layers)" for groups, count in self.groups.items()
+                f"{groups} ({count}x)" for groups, count in self.groups.items()
             )
         yield f"  {'parameters':<14}  {self.parameters_before:,} before, {self.parameters_after:,} after"
         if self.compensated or self.uncompensated:

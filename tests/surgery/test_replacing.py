@@ -879,7 +879,7 @@ def test_report():
     for line in (
         "conv_bn    fused: conv_relu  2       with relu",
         "small: 2 of 2 normalization layers replaced by group_norm_proxy",
-        "groups          2 (2 layers)",
+        "groups          2 (2x)",
     ):
         assert line in text
 
