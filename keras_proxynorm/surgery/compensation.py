@@ -21,7 +21,7 @@ from keras_proxynorm.surgery.planning import Plan
 from keras_proxynorm.surgery.planning import channel_axis
 from keras_proxynorm.surgery.report import Uncompensated
 
-__all__ = ["Compensation", "Uncompensated", "find_compensations"]
+__all__ = ["Compensation", "find_compensations"]
 
 
 class Rescaling(NamedTuple):

@@ -381,6 +381,7 @@ def test_the_result_is_a_model_like_any_other(make, tmp_path):
     model = make()
     replaced = kp.replace_normalization(model, to="layer_norm_proxy")
     replaced.summary(print_fn=lambda line: None)
+    assert replaced.layers[2].name in keras.utils.model_to_dot(replaced, expand_nested=True).to_string()
     x = data_for(model)
     features = keras.Model(replaced.inputs[0], replaced.layers[2].output)
     assert np.isfinite(outputs(features, x)[0]).all()
