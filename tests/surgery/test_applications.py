@@ -118,7 +118,9 @@ import keras_proxynorm
 folder = sys.argv[1]
 model = keras.saving.load_model(folder + "/model.keras")
 data = np.load(folder + "/data.npz")
-np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], rtol=1e-4, atol=1e-6)
+np.testing.assert_allclose(model(data["x"], training=False), data["y"], rtol=1e-5, atol=1e-7)
+# A graph sums in another order, and over a map of one pixel the statistics of a few values amplify that.
+np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], atol=0.02)
 """
 
 
@@ -132,7 +134,9 @@ def test_the_result_trains_and_loads_in_a_fresh_process(name, tmp_path):
     assert report.replaced == sum(SURVEY[name][kind] for kind in ("sole", "same", "mixed", "lone"))
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in model.layers)
     del source
-    model.compile(keras.optimizers.SGD(1e-4), "sparse_categorical_crossentropy")
+    # Compiling a graph of hundreds of layers takes minutes, and what is traced is the same in the whole family.
+    eagerly = name not in FAMILIES
+    model.compile(keras.optimizers.SGD(1e-4), "sparse_categorical_crossentropy", run_eagerly=eagerly)
     x = image(2, *model.input_shape[1:])
     history = model.fit(x, np.array([1, 2]), batch_size=1, steps_per_epoch=1, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
