@@ -147,9 +147,7 @@ class ReplacementReport:
             for path, count in self.hidden.items():
                 yield f"  {'':<14}{count:>6}  - {path}"
         if self.groups:
-            yield f"  {'groups':<14}  " + ", ".join(
-                f"{groups} ({count}x)" for groups, count in self.groups.items()
-            )
+            yield f"  {'groups':<14}  " + ", ".join(f"{groups} ({count}x)" for groups, count in self.groups.items())
         yield f"  {'parameters':<14}  {self.parameters_before:,} before, {self.parameters_after:,} after"
         if self.compensated or self.uncompensated:
             yield f"  {'compensated':<14}{len(self.compensated):>6}  layers that take the rescaling of their input back"
