@@ -62,6 +62,7 @@ def test_import_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    by_the_layers, by_the_export = done.stdout.splitlines()
-    assert set(by_the_layers.split()) <= {"keras_proxynorm", "statistics", "_statistics", "fractions"}
+    by_the_package, by_the_export = done.stdout.splitlines()
+    # Itself and the standard library, part of which Keras has loaded already.
+    assert set(by_the_package.split()) <= {"keras_proxynorm"} | sys.stdlib_module_names
     assert by_the_export == ""
