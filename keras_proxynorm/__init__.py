@@ -3,6 +3,7 @@
 import os
 import warnings
 
+from keras_proxynorm.kernels import reduction
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
@@ -17,6 +18,7 @@ __all__ = [
     "ProxyActivation",
     "activation_moments",
     "exclude_norm_from_weight_decay",
+    "reduction",
     "register_activation",
     "replace_normalization",
 ]

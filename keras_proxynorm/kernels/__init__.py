@@ -1,8 +1,17 @@
 """Pure tensor functions: group statistics, and the normalize and activate steps."""
 
+from keras_proxynorm.kernels.proxy_norm import group_normalize_and_activate
 from keras_proxynorm.kernels.proxy_norm import normalize
 from keras_proxynorm.kernels.proxy_norm import proxy_moments
 from keras_proxynorm.kernels.proxy_norm import proxy_normalize
+from keras_proxynorm.kernels.reductions import reduction
 from keras_proxynorm.kernels.statistics import group_moments
 
-__all__ = ["group_moments", "normalize", "proxy_moments", "proxy_normalize"]
+__all__ = [
+    "group_moments",
+    "group_normalize_and_activate",
+    "normalize",
+    "proxy_moments",
+    "proxy_normalize",
+    "reduction",
+]

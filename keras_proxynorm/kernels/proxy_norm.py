@@ -1,10 +1,77 @@
 """The two steps of a proxy-normalized layer as functions of tensors: normalize with the affine, then activate."""
 
+import keras
 from keras import ops
 
+from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.moments import ElementwiseActivation
 
-__all__ = ["normalize", "proxy_moments", "proxy_normalize"]
+__all__ = ["group_normalize_and_activate", "normalize", "proxy_moments", "proxy_normalize"]
+
+
+def group_normalize_and_activate(
+    x,
+    gamma,
+    beta,
+    proxy_moments,
+    *,
+    activation: ElementwiseActivation,
+    groups: int,
+    axis: int,
+    epsilon: float,
+    proxy_epsilon: float,
+    mask=None,
+):
+    """Group normalization, affine, activation and proxy normalization.
+
+    On TensorFlow, and without a mask, the gradient is written by hand. Elsewhere automatic differentiation does as
+    well: on PyTorch a gradient by hand could not be differentiated again, and on JAX it would rule out forward mode.
+
+    Args:
+        x: Float tensor of rank 2 or more; axis 0 is the batch.
+        gamma: Tensor of shape ``(channels,)``, or None for 1.
+        beta: Tensor of shape ``(channels,)``, or None for 0.
+        proxy_moments: Mean and variance of the activation under the proxy, two tensors of shape ``(channels,)``, or
+            None for no proxy normalization.
+        activation: The activation.
+        groups: Number of groups of channels that share their statistics.
+        axis: Index of the channel axis, positive.
+        epsilon: Float, added to the variance of the input.
+        proxy_epsilon: Float, added to the variance of the activation.
+        mask: Optional boolean tensor of the shape of `x` or of its leading axes.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+    """
+    if mask is None and keras.backend.backend() == "tensorflow":
+        from keras_proxynorm.kernels import tensorflow_gradient
+
+        one, zero = (ops.full((x.shape[axis],), value, x.dtype) for value in (1, 0))
+        factor, shift = one, zero
+        if proxy_moments is not None:
+            mean, variance = proxy_moments
+            factor = ops.rsqrt(variance + proxy_epsilon)
+            shift = mean * factor
+        return tensorflow_gradient.normalize_and_activate(
+            x,
+            one if gamma is None else gamma,
+            zero if beta is None else beta,
+            factor,
+            shift,
+            activation,
+            groups,
+            axis,
+            epsilon,
+        )
+
+    def broadcast(vector):
+        return None if vector is None else ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(x.shape))])
+
+    y = normalize(x, *group_moments(x, groups, axis, mask), broadcast(gamma), broadcast(beta), epsilon)
+    if proxy_moments is None:
+        return activation.function(y)
+    mean, variance = proxy_moments
+    return proxy_normalize(y, activation, broadcast(mean), broadcast(variance), proxy_epsilon)
 
 
 def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):

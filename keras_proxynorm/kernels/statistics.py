@@ -9,14 +9,13 @@ import math
 
 from keras import ops
 
-__all__ = ["group_moments"]
+from keras_proxynorm.kernels.reductions import position_sums
+
+__all__ = ["group_mean", "group_moments", "group_pivot", "moments_about_pivot"]
 
 
 def group_moments(x, groups: int, axis: int, mask=None):
     """Mean and variance over the positions and the channels of each group, for each sample.
-
-    Moments are taken per channel over the positions first and combined over the channels of a group by Chan's formula
-    (``Var = E_c[var_c] + Var_c[mean_c]``): unlike a reshape to groups, that leaves the layout of `x` alone.
 
     Args:
         x: Float tensor of rank 2 or more; axis 0 is the batch.
@@ -30,83 +29,53 @@ def group_moments(x, groups: int, axis: int, mask=None):
         elsewhere. The mean is ``pivot + distance``; it comes in two parts because their sum would be rounded, and
         ``(x - pivot) - distance`` is not. The pivot is a constant for gradients, the distance makes up for it.
     """
-    positions = tuple(i for i in range(1, len(x.shape)) if i != axis)
     if mask is None:
-        counts = None
-        pivot, distance, variance = _moments(x, positions)
-    else:
-        pivot, distance, variance, counts = _masked_moments(x, _expand_mask(mask, x), positions)
-    channels = x.shape[axis]
-    if groups == channels:
-        return pivot, distance, variance
-
-    def split(value):
-        return ops.reshape(value, (-1, groups, channels // groups))
-
-    channel_pivot, pivot, distance, variance = pivot, split(pivot), split(distance), split(variance)
-    if counts is None:
-        origin = pivot[:, :, :1]
-
-        def average(value):
-            return _mean(value, (2,))
-
-    else:
-        counts = split(counts)
-        weights = counts / _at_least_one(ops.sum(counts, axis=2, keepdims=True))
-
-        def average(value):
-            return ops.sum(weights * value, axis=2, keepdims=True)
-
-        origin = average(pivot)
-    # The pivots of a group are close to each other, so that their differences are exact.
-    offset = pivot - origin
-    distance = offset + distance
-    group_distance = average(distance)
-    group_variance = average(variance + ops.square(distance - group_distance))
-
-    def merge(value):
-        return ops.reshape(value, ops.shape(channel_pivot))
-
-    return channel_pivot, merge(group_distance - offset), merge(group_variance + ops.zeros_like(pivot))
-
-
-def _moments(x, axes):
-    """A pivot, the distance of the mean from it, and the variance, over `axes`, which are kept."""
-    # The mean does not depend on the pivot, so neither does its gradient.
-    pivot = ops.stop_gradient(x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(len(x.shape)))])
-    if not axes:
-        return pivot, x - pivot, ops.zeros_like(x)
-    x = x - pivot
-    distance = _mean(x, axes)
-    return pivot, distance, _mean(ops.square(x - distance), axes)
-
-
-def _masked_moments(x, mask, axes):
-    """The same over the unmasked elements, and how many they are."""
+        pivot = group_pivot(x, groups, axis)
+        return pivot, *moments_about_pivot(x - pivot, groups, axis)
+    mask = _expand_mask(mask, x)
     weights = ops.cast(mask, x.dtype) * ops.ones_like(x)
-    counts = ops.sum(weights, axis=axes, keepdims=True) if axes else weights
-    safe_counts = _at_least_one(counts)
-
-    def average(value):
-        value = weights * value
-        return (ops.sum(value, axis=axes, keepdims=True) if axes else value) / safe_counts
-
+    counts = _group_sum(weights, groups, axis)
+    counts = ops.where(counts > 0, counts, ops.ones_like(counts))
     # Replaced, not multiplied away: a masked infinity times 0 would be NaN, here or in the gradient.
-    pivot = ops.stop_gradient(average(ops.where(mask, x, ops.zeros_like(x))))
-    x = ops.where(mask, x, pivot) - pivot
-    distance = average(x)
-    return pivot, distance, average(ops.square(x - distance)), counts
+    pivot = ops.stop_gradient(_group_sum(ops.where(mask, x, ops.zeros_like(x)), groups, axis) / counts)
+    centered = ops.where(mask, x, pivot) - pivot
+    distance = _group_sum(weights * centered, groups, axis) / counts
+    deviations = weights * (centered - distance)
+    return pivot, distance, _group_sum(ops.square(deviations), groups, axis) / counts
 
 
-def _mean(x, axes):
+def group_pivot(x, groups: int, axis: int):
+    """A constant close to the mean of each group: the mean over its first row.
+
+    Not its first element, which may be far out. The larger the distance to the mean is in standard deviations, the
+    more digits the variance loses; from the mean of a row it is at most the square root of the number of rows.
+    """
+    position = 2 if axis == 1 else 1
+    row = x[tuple(slice(0, 1) if i == position else slice(None) for i in range(len(x.shape)))]
+    return ops.stop_gradient(group_mean(row, groups, axis))
+
+
+def moments_about_pivot(centered, groups: int, axis: int):
+    """Mean and variance of each group of `centered`, in one pass: for values with a mean close to 0 only."""
+    distance = group_mean(centered, groups, axis)
+    return distance, ops.relu(group_mean(ops.square(centered), groups, axis) - ops.square(distance))
+
+
+def group_mean(x, groups: int, axis: int):
+    """Mean over the positions and the channels of each group, of size 1 at the positions, repeated for each channel."""
     # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
-    sizes = [ops.shape(x)[i] for i in axes]
-    count = math.prod(sizes) if all(isinstance(n, int) for n in sizes) else ops.cast(ops.prod(sizes), x.dtype)
-    return ops.sum(x, axis=axes, keepdims=True) / count
+    sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis] + [x.shape[axis] // groups]
+    known = all(isinstance(n, int) for n in sizes)
+    return _group_sum(x, groups, axis) / (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype))
 
 
-def _at_least_one(counts):
-    return ops.where(counts > 0, counts, ops.ones_like(counts))
+def _group_sum(x, groups, axis):
+    sums, channels = position_sums(x, axis), x.shape[axis]
+    if groups == channels:
+        return sums
+    totals = ops.sum(ops.reshape(sums, (-1, groups, channels // groups)), axis=2, keepdims=True)
+    totals = totals * ops.ones((1, 1, channels // groups), x.dtype)
+    return ops.reshape(totals, (-1, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
 
 
 def _expand_mask(mask, x):

@@ -164,18 +164,9 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self._check_dtype(inputs)
         dtype = computation_dtype(inputs.dtype, self.variable_dtype)
         gamma, beta = (None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta))
-        shape = [1] * len(inputs.shape)
-        shape[self._channel_axis(inputs.shape)] = -1
-
-        def broadcast(vector):
-            return None if vector is None else ops.reshape(vector, shape)
-
-        outputs = self._normalize(ops.cast(inputs, dtype), mask, broadcast(gamma), broadcast(beta))
-        if self.proxy is not None:
-            mean, variance = self.activation_moments(dtype)
-            outputs = kernels.proxy_normalize(
-                outputs, self._elementwise, broadcast(mean), broadcast(variance), self.proxy_epsilon
-            )
+        outputs = self._normalize_and_activate(
+            ops.cast(inputs, dtype), mask, gamma, beta, self.activation_moments(dtype)
+        )
         return ops.cast(outputs, self.compute_dtype)
 
     def activation_moments(self, dtype=None):
@@ -195,11 +186,29 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         )
         return kernels.proxy_moments(self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles)
 
-    def _normalize(self, x, mask, gamma, beta):
-        """The normalization, none here, and the affine; `gamma` and `beta` broadcast against `x` or are None."""
+    def _normalize_and_activate(self, x, mask, gamma, beta, moments):
+        """The whole layer as a function of tensors, here without a normalization.
+
+        Args:
+            x: The inputs, a tensor of the dtype of the computation.
+            mask: The mask or None.
+            gamma: Tensor of shape ``(channels,)`` or None.
+            beta: Tensor of shape ``(channels,)`` or None.
+            moments: What `activation_moments` returns.
+        """
+        axis = self._channel_axis(x.shape)
+
+        def broadcast(vector):
+            return ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(x.shape))])
+
         if gamma is not None:
-            x = x * gamma
-        return x if beta is None else x + beta
+            x = x * broadcast(gamma)
+        if beta is not None:
+            x = x + broadcast(beta)
+        if moments is None:
+            return x
+        mean, variance = moments
+        return kernels.proxy_normalize(x, self._elementwise, broadcast(mean), broadcast(variance), self.proxy_epsilon)
 
     def _check_channels(self, input_shape, channels):
         """Raises a ValueError if the layer cannot have this many channels."""

@@ -169,11 +169,20 @@ class GroupNormProxy(ProxyNormalizationLayer):
                 stacklevel=2,
             )
 
-    def _normalize(self, x, mask, gamma, beta):
+    def _normalize_and_activate(self, x, mask, gamma, beta, moments):
         axis = self._channel_axis(x.shape)
-        groups = x.shape[axis] if self.groups == -1 else self.groups
-        moments = kernels.group_moments(x, groups, axis, mask)
-        return kernels.normalize(x, *moments, gamma, beta, self.epsilon)
+        return kernels.group_normalize_and_activate(
+            x,
+            gamma,
+            beta,
+            moments,
+            activation=self._elementwise,
+            groups=x.shape[axis] if self.groups == -1 else self.groups,
+            axis=axis,
+            epsilon=self.epsilon,
+            proxy_epsilon=self.proxy_epsilon,
+            mask=mask,
+        )
 
     def get_config(self):
         return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

@@ -1,0 +1,113 @@
+"""Sums over the positions of each sample and channel, in the way that is fast and exact on the device at hand."""
+
+import keras
+from keras import ops
+
+__all__ = ["position_sums", "reduction", "sums_are_products"]
+
+_METHODS = ("auto", "matmul", "sum")
+_method = "auto"
+_LONGEST_SUM = 4096
+
+
+class reduction:  # noqa: N801 - used like a function
+    """Sets how the layers sum over the positions of a sample: as a setting, or for a block of code.
+
+    On a CPU a product with a vector of ones is the fastest exact sum that TensorFlow has; compiled by XLA it is several
+    times as fast as a reduction. On an accelerator a float32 product may be computed in TF32 or bfloat16, which is no
+    longer a sum. The layers choose by the device that they find when they are traced. Choose for them when you trace
+    on one device for another:
+
+    Args:
+        method: ``"auto"`` (the default: products in TensorFlow and JAX on a CPU, sums elsewhere), ``"matmul"`` or
+            ``"sum"``. `keras_proxynorm.export` always uses ``"sum"``.
+
+    Calling it changes the setting of the process, for all threads; as a context manager it restores the previous one.
+    A function that is traced already keeps what it was traced with.
+
+    Raises:
+        ValueError: If the method is unknown.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> layer = keras_proxynorm.GroupNormProxy(groups=2)
+    >>> with keras_proxynorm.reduction("sum"):
+    ...     y = layer(keras.ops.ones((1, 8, 8, 4)))
+    >>> _ = keras_proxynorm.reduction("auto")  # the setting from here on
+    """
+
+    def __init__(self, method: str):
+        global _method
+        if method not in _METHODS:
+            raise ValueError(f"Argument `method` must be one of {_METHODS}. Received: method={method!r}")
+        self._previous, _method = _method, method
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        global _method
+        _method = self._previous
+
+
+def position_sums(x, axis: int):
+    """Sums over all axes but the batch and `axis`.
+
+    Args:
+        x: Float tensor of rank 2 or more; axis 0 is the batch.
+        axis: Index of the channel axis, positive.
+
+    Returns:
+        A tensor of the rank and dtype of `x`, with size 1 where it was summed.
+    """
+    rank = len(x.shape)
+    axes = tuple(i for i in range(1, rank) if i != axis)
+    if not axes:
+        return x
+    if None in x.shape[1:] or not sums_are_products(x):
+        return ops.sum(x, axis=axes, keepdims=True)
+    before, channels, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
+    for length in _chunks(after):
+        x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
+    for length in _chunks(before):
+        x = ops.reshape(x, (-1, length, channels))
+        # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
+        x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
+    return ops.reshape(x, (-1, *(channels if i == axis else 1 for i in range(1, rank))))
+
+
+def _chunks(sizes):
+    """Lengths to sum over one after the other, last axis first: long sums lose digits, and short ones take time."""
+    lengths = []
+    for size in reversed(sizes):
+        if lengths and lengths[-1] * size <= _LONGEST_SUM:
+            lengths[-1] *= size
+        else:
+            lengths.append(size)
+    return lengths
+
+
+def sums_are_products(x) -> bool:
+    """Whether sums over `x` are computed as products with ones, by the setting or by the device."""
+    if _method != "auto":
+        return _method == "matmul"
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return _tensorflow_device(x) == "CPU"
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return False
+
+
+def _tensorflow_device(x) -> str:
+    """The type of the device that operations on `x` are placed on."""
+    import tensorflow as tf
+
+    # A graph knows the devices that the user asked for; the others are chosen when it runs.
+    name = x.device if tf.executing_eagerly() else tf.no_op().device
+    device = tf.DeviceSpec.from_string(name).device_type if name else None
+    accelerators = {device.device_type for device in tf.config.list_logical_devices()} & {"GPU", "TPU"}
+    return device or (accelerators.pop() if accelerators else "CPU")
