@@ -10,7 +10,7 @@ _method = "auto"
 _LONGEST_SUM = 4096
 
 
-class reduction:  # noqa: N801 - used like a function
+class reduction:
     """Sets how the layers sum over the positions of a sample: as a setting, or for a block of code.
 
     On a CPU a product with a vector of ones is the fastest exact sum that TensorFlow has; compiled by XLA it is several
