@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -23,19 +24,25 @@ def free_address():
 
 def stop(processes):
     for process in processes:
-        process.kill()
+        # Together with what it started, which is all in one process group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     for process in processes:
         process.wait()
 
 
-def report(command, status, log):
+def read(log):
     log.seek(0)
+    return log.read()
+
+
+def report(command, status, log):
     ended = "did not end by itself" if status is None else f"ended with {status}"
-    return f"{' '.join(map(str, command))}: {ended}\n{log.read()[-4000:]}"
+    return f"{' '.join(map(str, command))}: {ended}\n{read(log)[-4000:]}"
 
 
 def run_together(*commands, **environment):
-    """Runs Python with each list of arguments, all at the same time. Whatever happens, none is left running."""
+    """Runs Python with each list of arguments, all at the same time, and stops them all; returns what they printed."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(TESTS), **environment}
     processes = []
     with contextlib.ExitStack() as stack:
@@ -43,7 +50,10 @@ def run_together(*commands, **environment):
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
         for command, log in zip(commands, logs, strict=True):
             arguments = [sys.executable, *map(str, command)]
-            processes.append(subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment))
+            process = subprocess.Popen(
+                arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            processes.append(process)
         deadline = time.monotonic() + TIMEOUT
         # Until one fails: the others would wait for it, and for minutes.
         while not any(statuses := [process.poll() for process in processes]) and None in statuses:
@@ -52,3 +62,4 @@ def run_together(*commands, **environment):
             time.sleep(0.1)
         if any(status != 0 for status in statuses):
             pytest.fail("\n".join(map(report, commands, statuses, logs)), pytrace=False)
+        return [read(log) for log in logs]
