@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import keras
 
+from keras_proxynorm.kernels import reduction
+
 __all__ = ["serving_function"]
 
 
@@ -57,7 +59,10 @@ def serving_function(model: keras.Model, batch_size: int | None, input_shape) ->
             )
 
     def serve(*tensors):
-        return _name_outputs(model, model(keras.tree.pack_sequence_as(structure, tensors), training=False))
+        # What is traced here may run on another device.
+        with reduction("sum"):
+            outputs = model(keras.tree.pack_sequence_as(structure, tensors), training=False)
+        return _name_outputs(model, outputs)
 
     return serve, [tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in inputs]
 

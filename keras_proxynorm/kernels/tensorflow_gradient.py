@@ -1,7 +1,7 @@
 """Normalize, affine and activation in as few passes over memory as TensorFlow allows, with a gradient by hand."""
 
+import keras
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.ops import control_flow_util
 
 from keras_proxynorm.kernels.reductions import position_sums
@@ -124,24 +124,24 @@ class _Step:
         elif self.is_relu:
             dh = tf.raw_ops.ReluGrad(gradients=upstream, features=output - shift)
         else:
-            h = centered * slope + intercept
-            with tf.GradientTape() as tape:
-                tape.watch(h)
-                z = self.activation.function(h)
-            dh = tape.gradient(z, h, upstream if factor is None else upstream * factor)
+            products, dh = _products(self.activation.function, centered * slope + intercept, upstream)
             if factor is not None:
-                d_factor = [self.channel_sums(position_sums(upstream * z, self.axis))]
+                d_factor = [self.channel_sums(position_sums(products, self.axis))]
         sums = position_sums(dh, self.axis)
         # Of products with the distance from the mean, in two steps: of those with x it would be rounding errors.
         products = position_sums(dh * centered, self.axis) - distance * sums
+        if factor is not None:
+            sums, products = sums * factor, products * factor
         d_scale, d_offset = self.channel_sums(products * inverse), self.channel_sums(sums)
-        broadcast_scale = self.broadcast(scale, centered)
         count = _position_count(centered, self.axis)
-        mean = group_mean(sums * broadcast_scale, self.groups, self.axis) / count
-        covariance = group_mean(products * broadcast_scale, self.groups, self.axis) / count
+        scale = self.broadcast(scale, centered)
+        mean = group_mean(sums * scale, self.groups, self.axis) / count
+        covariance = group_mean(products * scale, self.groups, self.axis) / count
         inclination = -(inverse**3) * covariance
         slope, inclination, constant = _materialize(
-            inverse * broadcast_scale, inclination, -inverse * mean - inclination * distance
+            inverse * scale if factor is None else inverse * scale * factor,
+            inclination,
+            -inverse * mean - inclination * distance,
         )
         dx = dh * slope + (centered * inclination + constant)
         return [dx, d_scale, d_offset, d_shift, *d_factor]
@@ -154,6 +154,19 @@ class _Step:
         return tf.reduce_sum(tf.reshape(sums, (-1, sums.shape[self.axis])), axis=0)
 
 
+def _products(function, h, upstream):
+    """``upstream * function(h)`` and ``upstream * function'(h)``."""
+    if function is keras.activations.silu:
+        # With z = h sigmoid(h), its derivative is sigmoid(h) + z (1 - sigmoid(h)).
+        sigmoid = tf.sigmoid(h)
+        products = h * sigmoid * upstream
+        return products, (upstream - products) * sigmoid + products
+    with tf.GradientTape() as tape:
+        tape.watch(h)
+        z = function(h)
+    return upstream * z, tape.gradient(z, h, upstream)
+
+
 def _position_count(x, axis):
     shape = [n for i, n in enumerate(x.shape) if i not in (0, axis)]
     if None in shape:
@@ -163,11 +176,13 @@ def _position_count(x, axis):
 
 
 def _materialize(*tensors):
-    """Keeps XLA from computing small tensors anew for each element of a large one that they are broadcast to."""
-    if tf.executing_eagerly() or not control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    """Keeps XLA from computing small tensors anew for each element of a large one that they are broadcast to.
+
+    On CPU it fuses even the error function into loops over whole images. What it does not fuse is a product; this one
+    is exact. Compilers for accelerators weigh that by themselves, and a barrier there would fix layouts, too.
+    """
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if graph is None or not control_flow_util.GraphOrParentsInXlaContext(graph) or not sums_are_products(tensors[0]):
         return tensors
-    if not sums_are_products(tensors[0]):
-        return gen_xla_ops.xla_optimization_barrier(input=list(tensors))
-    # On CPU, XLA drops its barriers before it fuses. It does not fuse products; this one is exact.
     half = tf.constant([[0.5, 0.5]], tensors[0].dtype)
     return [tf.reshape(half @ tf.broadcast_to(tf.reshape(x, (1, -1)), (2, tf.size(x))), tf.shape(x)) for x in tensors]

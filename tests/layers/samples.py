@@ -13,6 +13,7 @@ LAYERS = {
     "layer": lambda **kw: kp.LayerNormProxy(**kw),
     "instance": lambda **kw: kp.GroupNormProxy(groups=-1, **kw),
     "activation": lambda **kw: kp.ProxyActivation(**kw),
+    "group_leaky": lambda **kw: kp.GroupNormProxy(groups=4, activation=keras.layers.LeakyReLU(0.1), **kw),
     "group_silu": lambda **kw: kp.GroupNormProxy(groups=2, activation="silu", **kw),
     "group_relu6": lambda **kw: kp.GroupNormProxy(groups=2, activation=keras.layers.ReLU(max_value=6), **kw),
     "group_plain": lambda **kw: kp.GroupNormProxy(groups=4, activation=None, **kw),

@@ -179,6 +179,19 @@ def test_gradients(name, order):
     check_gradients(scalar, x, *values, order=order, step=1e-6, rtol=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="about JAX")
+@every_layer
+def test_forward_mode(name):
+    import jax
+
+    with float64_allowed():
+        x, direction = tensors(normal(2, 3, 2, 8), normal(2, 3, 2, 8, seed=1), dtype="float64")
+        layer = built(LAYERS[name], x.shape, dtype="float64")
+        _, found = jax.jvp(layer, (x,), (direction,))
+        numeric = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
+        np.testing.assert_allclose(numpy(found), numpy(numeric), atol=1e-7)
+
+
 @every_layer
 @every_mode
 def test_compiled_gradients_are_eager_gradients(name, mode):

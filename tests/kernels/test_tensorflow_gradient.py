@@ -1,0 +1,109 @@
+"""The step with a gradient by hand against automatic differentiation of its formula."""
+
+import keras
+import numpy as np
+import pytest
+from backends import MODES
+from backends import compiled
+from backends import tensorflow_only
+
+from keras_proxynorm.moments import resolve_activation
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "leaky_relu": keras.layers.LeakyReLU(0.1),
+    "silu": "silu",
+    "tanh": "tanh",
+    "relu6": "relu6",
+    "linear": None,
+}
+
+
+def sample(shape, axis, seed=0):
+    """An input and the four vectors."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape).astype("float32")
+    scale, offset, factor, shift = rng.standard_normal((4, shape[axis])).astype("float32")
+    scale[0] = offset[0] = 0.0  # the kink itself, for every element
+    return x, scale, offset, np.exp(factor), shift
+
+
+@tensorflow_only
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["matmul", "sum"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_step_is_its_formula(name, method, mode):
+    import tensorflow as tf
+
+    from keras_proxynorm import reduction
+    from keras_proxynorm.kernels import tensorflow_gradient
+
+    activation = resolve_activation(ACTIVATIONS[name])
+    shape, axis = ((3, 4, 5, 6), 3) if method == "sum" else ((3, 6, 4, 5), 1)
+    inputs = [tf.constant(value) for value in sample(shape, axis)]
+    upstream = tf.random.stateless_normal(shape, (1, 2))
+
+    def hand(x, scale, offset, factor, shift):
+        return tensorflow_gradient.normalize_and_activate(x, scale, offset, factor, shift, activation, 2, axis, 1e-3)
+
+    def formula(x, scale, offset, factor, shift):
+        # The kinks of a folded function are where rounding puts them.
+        if activation.slopes is not None:
+            scale, offset, factor = scale * factor, offset * factor, tf.ones_like(factor)
+        return tensorflow_gradient._Step(activation, 2, axis, 1e-3).formula(x, scale, offset, shift, factor)
+
+    def run(function, *inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            output = function(*inputs)
+        return output, *tape.gradient(output, inputs, upstream)
+
+    with reduction(method):
+        found = compiled(lambda *inputs: run(hand, *inputs), mode)(*inputs)
+    expected = run(formula, *inputs)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@tensorflow_only
+def test_materialized_values_are_the_values():
+    import tensorflow as tf
+
+    from keras_proxynorm.kernels.tensorflow_gradient import _materialize
+
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((4, 1, 1, 8)) * 10.0 ** rng.uniform(-30, 30, (4, 1, 1, 8))).astype("float32")
+    y = rng.standard_normal((8,)).astype("float32")
+    found = tf.function(lambda *values: _materialize(*values), jit_compile=True)(x, y)
+    np.testing.assert_array_equal(found[0], x)
+    np.testing.assert_array_equal(found[1], y)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_no_pass_over_the_input_is_wasted(mode):
+    """The operations on whole tensors, counted, in the order of the steps: a refactoring must not add any."""
+    import tensorflow as tf
+
+    import keras_proxynorm
+
+    layer = keras_proxynorm.GroupNormProxy(groups=2)
+    layer.build((2, 8, 8, 4))
+
+    def step(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return y, tape.gradient(y, [x, *(v.value for v in layer.trainable_variables)], upstream)
+
+    spec = tf.TensorSpec((2, 8, 8, 4))
+    graph = tf.function(step, jit_compile=mode == "xla").get_concrete_function(spec, spec).graph
+    moves = ("Const", "Identity", "IdentityN", "Placeholder", "Reshape", "NoOp")
+    types = [
+        operation.type
+        for operation in graph.get_operations()
+        if operation.type not in moves and any(y.shape.num_elements() == 512 for y in operation.outputs)
+    ]
+    # Centered, squared; affine, maximum; mask of relu, products for one sum; three terms of the gradient.
+    expected = ["Sub", "Square", "Mul", "AddV2", "Maximum", "Sub", "ReluGrad", "Mul", "Mul", "Mul", "AddV2", "AddV2"]
+    assert types == expected
