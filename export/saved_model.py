@@ -71,17 +71,13 @@ def export_saved_model(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"Argument `directory` must not be a file. Received: directory={str(directory)!r}")
     serve, signature = serving_function(model, batch_size, input_shape)
-    import tensorflow as tf
-
     target = directory / str(_next_version(directory) if version is None else version)
     with replacing(target, overwrite) as temporary, quiet("absl", "tensorflow"):
         archive = keras.export.ExportArchive()
         archive.track(model)
         # Named as by model.export, for keras.layers.TFSMLayer; Keras adds "serving_default" as another name.
         archive.add_endpoint("serve", serve, signature)
-        # Without the gradients that the layers write by hand: this is for inference.
-        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        archive.write_out(str(temporary), options, verbose=False)
+        archive.write_out(str(temporary), verbose=False)
     return target
 
 

@@ -67,6 +67,7 @@ def position_sums(x, axis: int):
         return x
     if None in x.shape[1:] or not sums_are_products(x):
         return ops.sum(x, axis=axes, keepdims=True)
+    batch = -1 if x.shape[0] is None else x.shape[0]
     before, channels, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
     for length in _chunks(after):
         x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
@@ -74,7 +75,7 @@ def position_sums(x, axis: int):
         x = ops.reshape(x, (-1, length, channels))
         # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
         x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
-    return ops.reshape(x, (-1, *(channels if i == axis else 1 for i in range(1, rank))))
+    return ops.reshape(x, (batch, *(channels if i == axis else 1 for i in range(1, rank))))
 
 
 def _chunks(sizes):

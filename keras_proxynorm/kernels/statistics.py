@@ -75,7 +75,8 @@ def _group_sum(x, groups, axis):
         return sums
     totals = ops.sum(ops.reshape(sums, (-1, groups, channels // groups)), axis=2, keepdims=True)
     totals = totals * ops.ones((1, 1, channels // groups), x.dtype)
-    return ops.reshape(totals, (-1, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
+    batch = -1 if x.shape[0] is None else x.shape[0]
+    return ops.reshape(totals, (batch, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
 
 
 def _expand_mask(mask, x):
