@@ -21,7 +21,8 @@ def normalize_and_activate(
     """``factor * activation(scale * y + offset) - shift`` for the normalized ``y = (x - mean) / sqrt(var + epsilon)``.
 
     The derivatives of the statistics are put together by hand, from two sums over the positions: of the gradient ``g``
-    before the affine, and of ``g (x - mean)``. Only `x`, the output and small tensors are kept for it. It can be
+    before the affine, and of ``g (x - mean)``. Whole tensors are kept for it
+    as few as for batch normalization: `x`, and the output or the input of the activation. It can be
     differentiated again, to any order; that goes by automatic differentiation of the formula.
 
     Args:
@@ -96,27 +97,30 @@ class _Step:
         distance, variance = moments_about_pivot(centered, self.groups, self.axis)
         inverse = tf.math.rsqrt(variance + self.epsilon)
         slope = inverse * self.broadcast(scale, x)
+        intercept = self.broadcast(offset, x) - distance * slope
         # Repeated for each sample, because TensorFlow broadcasts along one axis faster than along two.
         repeat = tf.zeros_like(slope)
-        intercept = self.broadcast(offset, x) - distance * slope
         shift = repeat + self.broadcast(shift, x)
+        factor = None if factor is None else repeat + self.broadcast(factor, x)
+        h = None
         if self.activation.is_identity:
             slope, intercept = _materialize(slope, intercept - shift)
             output = centered * slope + intercept
         elif self.is_relu:
-            # r relu(h) - s = max(r h - s, -s).
+            # r relu(h) - s = max(r h - s, -s), and its gradient needs the output alone.
             slope, intercept, shift = _materialize(slope, intercept - shift, -shift)
             output = tf.maximum(centered * slope + intercept, shift)
         elif factor is None:
             slope, intercept, shift = _materialize(slope, intercept, shift)
-            output = self.activation.function(centered * slope + intercept) - shift
+            h = centered * slope + intercept
+            output = self.activation.function(h) - shift
         else:
-            factor = repeat + self.broadcast(factor, x)
             slope, intercept, factor, shift = _materialize(slope, intercept, factor, shift)
-            output = self.activation.function(centered * slope + intercept) * factor - shift
-        return output, (output, centered, distance, inverse, slope, intercept, scale, shift, factor)
+            h = centered * slope + intercept
+            output = self.activation.function(h) * factor - shift
+        return output, (output, h, centered, distance, inverse, scale, shift, factor)
 
-    def backward(self, upstream, output, centered, distance, inverse, slope, intercept, scale, shift, factor):
+    def backward(self, upstream, output, h, centered, distance, inverse, scale, shift, factor):
         d_shift = -self.channel_sums(position_sums(upstream, self.axis))
         d_factor = []
         if self.activation.is_identity:
@@ -124,7 +128,7 @@ class _Step:
         elif self.is_relu:
             dh = tf.raw_ops.ReluGrad(gradients=upstream, features=output - shift)
         else:
-            products, dh = _products(self.activation.function, centered * slope + intercept, upstream)
+            products, dh = _products(self.activation.function, h, upstream)
             if factor is not None:
                 d_factor = [self.channel_sums(position_sums(products, self.axis))]
         sums = position_sums(dh, self.axis)

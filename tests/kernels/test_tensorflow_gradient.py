@@ -66,6 +66,40 @@ def test_step_is_its_formula(name, method, mode):
 
 
 @tensorflow_only
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_gradient_penalty(name, mode):
+    """Compiled code nests the custom gradients in other ways than eager code does."""
+    import tensorflow as tf
+
+    from keras_proxynorm.kernels import tensorflow_gradient
+
+    activation = resolve_activation(name)
+    inputs = [tf.constant(value) for value in sample((3, 4, 5, 6), 3)]
+
+    def hand(*inputs):
+        return tensorflow_gradient.normalize_and_activate(*inputs, activation, 2, 3, 1e-3)
+
+    def formula(x, scale, offset, factor, shift):
+        y = tensorflow_gradient._Step(activation, 2, 3, 1e-3).formula(x, scale, offset, shift)
+        return (y + shift) * factor - shift
+
+    def penalty(function, *inputs):
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                loss = tf.reduce_sum(tf.square(function(*inputs)))
+            gradients = inner.gradient(loss, inputs)
+            value = sum(tf.reduce_sum(tf.square(gradient)) for gradient in gradients)
+        return value, *outer.gradient(value, inputs)
+
+    found = compiled(lambda *inputs: penalty(hand, *inputs), mode)(*inputs)
+    for a, b in zip(found, penalty(formula, *inputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@tensorflow_only
 def test_materialized_values_are_the_values():
     import tensorflow as tf
 

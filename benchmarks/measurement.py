@@ -1,0 +1,83 @@
+"""What the benchmarks of speed share: contenders in turns, a process for each setting, tables and CSV files."""
+
+import csv
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+__all__ = ["geometric_mean", "in_own_process", "medians_in_turns", "results_file", "set_threads", "write_results"]
+
+
+def medians_in_turns(contenders, repeats, warm_up=3):
+    """Median seconds of each of several functions, called in turns so that a noisy machine is noisy for all.
+
+    Args:
+        contenders: Dict of functions without arguments.
+        repeats: How many turns are measured.
+        warm_up: How many turns go before: tracing, compilation, caches.
+
+    Returns:
+        A dict with the median of each, in seconds.
+    """
+    import tensorflow as tf
+
+    times = {name: [] for name in contenders}
+    for turn in range(-warm_up, repeats):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            tf.test.experimental.sync_devices()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_own_process(function, *arguments):
+    """Calls a function of a module in a fresh process: the number of threads, and peak memory, belong to a process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def set_threads(threads):
+    """Sets how many threads TensorFlow computes with; before it computes anything."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def device_name():
+    """The name of the first GPU, or "cpu"."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return "cpu"
+    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "gpu").lower().replace(" ", "_")
+
+
+def results_file(benchmark, *conditions):
+    """Where the results go; what they depend on is in its name."""
+    versions = [f"{name}{importlib.metadata.version(name)}" for name in ("tensorflow", "keras")]
+    name = "-".join([benchmark, in_own_process(device_name), *conditions, *versions])
+    return Path(__file__).with_name("results") / f"{name}.csv"
+
+
+def write_results(path, rows):
+    """Writes dicts with the same keys as CSV; a file of the same name has the same conditions, and is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"Written to {os.path.relpath(path)}")
+
+
+def geometric_mean(values):
+    """The mean for ratios."""
+    return math.exp(statistics.fmean(map(math.log, values)))
