@@ -45,14 +45,23 @@ def group_moments(x, groups: int, axis: int, mask=None):
 
 
 def group_pivot(x, groups: int, axis: int):
-    """A constant close to the mean of each group: the mean over its first row.
+    """A constant close to the mean of each group: the median of its first, its middle and its last element.
 
-    Not its first element, which may be far out. The larger the distance to the mean is in standard deviations, the
-    more digits the variance loses; from the mean of a row it is at most the square root of the number of rows.
+    Not one element, which may be far out: the larger the distance to the mean is in standard deviations, the more
+    digits the variance loses. And not a mean of several, which a compiler may round in one place and not in another.
     """
-    position = 2 if axis == 1 else 1
-    row = x[tuple(slice(0, 1) if i == position else slice(None) for i in range(len(x.shape)))]
-    return ops.stop_gradient(group_mean(row, groups, axis))
+    per_group = x.shape[axis] // groups
+
+    def elements(choose):
+        slices = [slice(None)]
+        for i in range(1, len(x.shape)):
+            index = choose(per_group if i == axis else ops.shape(x)[i])
+            slices.append(slice(index, None, per_group) if i == axis else slice(index, index + 1))
+        return x[tuple(slices)]
+
+    first, middle, last = elements(lambda size: 0), elements(lambda size: size // 2), elements(lambda size: size - 1)
+    low, high = ops.minimum(first, middle), ops.maximum(first, middle)
+    return ops.stop_gradient(_repeat_for_channels(ops.maximum(low, ops.minimum(high, last)), x, axis))
 
 
 def moments_about_pivot(centered, groups: int, axis: int):
@@ -64,19 +73,32 @@ def moments_about_pivot(centered, groups: int, axis: int):
 def group_mean(x, groups: int, axis: int):
     """Mean over the positions and the channels of each group, of size 1 at the positions, repeated for each channel."""
     # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
-    sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis] + [x.shape[axis] // groups]
+    sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis]
     known = all(isinstance(n, int) for n in sizes)
-    return _group_sum(x, groups, axis) / (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype))
+    # Divided before the channels are added up: of two sums in a row XLA makes one, in a layout that suits no other sum.
+    means = position_sums(x, axis) / (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype))
+    return _sum_over_channels(means, groups, axis) / (x.shape[axis] // groups)
 
 
 def _group_sum(x, groups, axis):
-    sums, channels = position_sums(x, axis), x.shape[axis]
+    return _sum_over_channels(position_sums(x, axis), groups, axis)
+
+
+def _sum_over_channels(values, groups, axis):
+    """Sums over the channels of each group of what has been summed over the positions, repeated for each channel."""
+    channels = values.shape[axis]
     if groups == channels:
-        return sums
-    totals = ops.sum(ops.reshape(sums, (-1, groups, channels // groups)), axis=2, keepdims=True)
-    totals = totals * ops.ones((1, 1, channels // groups), x.dtype)
-    batch = -1 if x.shape[0] is None else x.shape[0]
-    return ops.reshape(totals, (batch, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
+        return values
+    totals = ops.sum(ops.reshape(values, (-1, groups, channels // groups)), axis=2)
+    return _repeat_for_channels(totals, values, axis)
+
+
+def _repeat_for_channels(values, x, axis):
+    """A value for each group, repeated for the channels of `x` in it."""
+    batch, channels = -1 if x.shape[0] is None else x.shape[0], x.shape[axis]
+    values = ops.reshape(values, (batch, math.prod(values.shape[1:]), 1))
+    values = values * ops.ones((1, 1, channels // values.shape[1]), values.dtype)
+    return ops.reshape(values, (batch, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
 
 
 def _expand_mask(mask, x):

@@ -58,9 +58,12 @@ def reference(layer, x):
     if layer.proxy is not None:
         proxy_mean, proxy_stddev = keras.ops.convert_to_numpy(layer.proxy).astype("float64")
         proxy_stddev = 1 + proxy_stddev
-        function = {"silu": lambda u: u / (1 + np.exp(-u)), "relu": lambda u: np.maximum(u, 0)}.get(
-            getattr(layer.activation, "__name__", ""), lambda u: np.clip(u, 0, 6)
-        )
+        function = {
+            "silu": lambda u: u / (1 + np.exp(-u)),
+            "relu": lambda u: np.maximum(u, 0),
+            "re_lu": lambda u: np.clip(u, 0, 6),
+            "leaky_re_lu": lambda u: np.maximum(u, 0.1 * u),
+        }[getattr(layer.activation, "__name__", "") or layer.activation.name.rstrip("_0123456789")]
         if layer.proxy_moments == "quantiles":
             n = layer.num_quantiles
             t = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)])[:, None]
