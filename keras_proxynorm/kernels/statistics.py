@@ -9,6 +9,7 @@ import math
 
 from keras import ops
 
+from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.kernels.reductions import position_sums
 
 __all__ = ["group_mean", "group_moments", "group_pivot", "moments_about_pivot"]
@@ -55,9 +56,10 @@ def group_pivot(x, groups: int, axis: int):
     def elements(choose):
         slices = [slice(None)]
         for i in range(1, len(x.shape)):
-            index = choose(per_group if i == axis else ops.shape(x)[i])
-            slices.append(slice(index, None, per_group) if i == axis else slice(index, index + 1))
-        return x[tuple(slices)]
+            index = choose(ops.shape(x)[i])
+            slices.append(slice(None) if i == axis else slice(index, index + 1))
+        pixels = barrier(x[tuple(slices)])  # lest their layout becomes that of the input
+        return ops.reshape(pixels, (-1, groups, per_group))[:, :, choose(per_group)]
 
     first, middle, last = elements(lambda size: 0), elements(lambda size: size // 2), elements(lambda size: size - 1)
     low, high = ops.minimum(first, middle), ops.maximum(first, middle)
@@ -75,22 +77,18 @@ def group_mean(x, groups: int, axis: int):
     # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
     sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis]
     known = all(isinstance(n, int) for n in sizes)
-    # Divided before the channels are added up: of two sums in a row XLA makes one, in a layout that suits no other sum.
-    means = position_sums(x, axis) / (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype))
-    return _sum_over_channels(means, groups, axis) / (x.shape[axis] // groups)
+    count = math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype)
+    return _group_sum(x, groups, axis) / (count * (x.shape[axis] // groups))
 
 
 def _group_sum(x, groups, axis):
-    return _sum_over_channels(position_sums(x, axis), groups, axis)
-
-
-def _sum_over_channels(values, groups, axis):
-    """Sums over the channels of each group of what has been summed over the positions, repeated for each channel."""
-    channels = values.shape[axis]
+    sums, channels = position_sums(x, axis), x.shape[axis]
     if groups == channels:
-        return values
-    totals = ops.sum(ops.reshape(values, (-1, groups, channels // groups)), axis=2)
-    return _repeat_for_channels(totals, values, axis)
+        return sums
+    # Of two sums in a row XLA makes one. On a TPU that wants a layout that suits no other sum, and copies the input.
+    sums = barrier(sums)
+    totals = ops.sum(ops.reshape(sums, (-1, groups, channels // groups)), axis=2)
+    return _repeat_for_channels(totals, x, axis)
 
 
 def _repeat_for_channels(values, x, axis):

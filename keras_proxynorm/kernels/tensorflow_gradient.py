@@ -2,8 +2,8 @@
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
+from keras_proxynorm.kernels.compilation import is_compiled_by_xla
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.reductions import sums_are_products
 from keras_proxynorm.kernels.statistics import group_mean
@@ -183,10 +183,9 @@ def _materialize(*tensors):
     """Keeps XLA from computing small tensors anew for each element of a large one that they are broadcast to.
 
     On CPU it fuses even the error function into loops over whole images. What it does not fuse is a product; this one
-    is exact. Compilers for accelerators weigh that by themselves, and a barrier there would fix layouts, too.
+    is exact. Compilers for accelerators weigh that by themselves.
     """
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    if graph is None or not control_flow_util.GraphOrParentsInXlaContext(graph) or not sums_are_products(tensors[0]):
+    if not is_compiled_by_xla() or not sums_are_products(tensors[0]):
         return tensors
     half = tf.constant([[0.5, 0.5]], tensors[0].dtype)
     return [tf.reshape(half @ tf.broadcast_to(tf.reshape(x, (1, -1)), (2, tf.size(x))), tf.shape(x)) for x in tensors]
