@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,8 @@ __all__ = ["geometric_mean", "in_own_process", "medians_in_turns", "results_file
 
 def medians_in_turns(contenders, repeats, warm_up=3):
     """Median seconds of each of several functions, called in turns so that a noisy machine is noisy for all.
+
+    Each turn has its own order, because a function also runs as fast as the memory that the one before it left behind.
 
     Args:
         contenders: Dict of functions without arguments.
@@ -27,10 +30,11 @@ def medians_in_turns(contenders, repeats, warm_up=3):
     import tensorflow as tf
 
     times = {name: [] for name in contenders}
+    order = random.Random(0)
     for turn in range(-warm_up, repeats):
-        for name, call in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
             start = time.perf_counter()
-            call()
+            contenders[name]()
             tf.test.experimental.sync_devices()
             if turn >= 0:
                 times[name].append(time.perf_counter() - start)
