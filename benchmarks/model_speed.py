@@ -37,22 +37,20 @@ def build(name, normalization):
         weights=None, input_shape=shape, classes=CLASSES, classifier_activation=None
     )
     if normalization == "none":
-        model = keras.models.clone_model(model, clone_function=without_batch_norm)
+        model = keras_proxynorm.replace_normalization(model, identity, weights="fresh")
     elif normalization != "batch_norm":
-        model = keras_proxynorm.replace_normalization(model, normalization)
+        model = keras_proxynorm.replace_normalization(model, normalization, weights="fresh")
     model.compile(
         keras.optimizers.SGD(1e-3, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     return model
 
 
-def without_batch_norm(layer):
-    """A copy of a layer; a batch normalization becomes the identity."""
+def identity(name, dtype):
+    """No normalization at all."""
     import keras
 
-    if isinstance(layer, keras.layers.BatchNormalization):
-        return keras.layers.Activation("linear", name=layer.name)
-    return type(layer).from_config(layer.get_config())
+    return keras.layers.Activation("linear", name=name, dtype=dtype)
 
 
 def training_step(name, normalization, batch_size):

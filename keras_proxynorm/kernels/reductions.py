@@ -1,11 +1,15 @@
 """Sums over the positions of each sample and channel, in the way that is fast and exact on the device at hand."""
 
+import math
+
 import keras
 from keras import ops
 
-__all__ = ["position_sums", "reduction", "sums_are_products"]
+from keras_proxynorm.kernels.compilation import is_compiled_by_xla
 
-_METHODS = ("auto", "matmul", "sum")
+__all__ = ["position_sums", "reduction", "reduction_method"]
+
+_METHODS = ("auto", "matmul", "pool", "sum")
 _method = "auto"
 _LONGEST_SUM = 4096
 
@@ -13,14 +17,15 @@ _LONGEST_SUM = 4096
 class reduction:
     """Sets how the layers sum over the positions of a sample: as a setting, or for a block of code.
 
-    On a CPU a product with a vector of ones is the fastest exact sum that TensorFlow has; compiled by XLA it is several
-    times as fast as a reduction. On an accelerator a float32 product may be computed in TF32 or bfloat16, which is no
+    On a CPU, average pooling over the whole image is the fastest reduction that TensorFlow has, and for XLA a product
+    with a vector of ones, by far. On an accelerator a float32 product may be computed in TF32 or bfloat16, which is no
     longer a sum. The layers choose by the device that they find when they are traced. Choose for them when you trace
     on one device for another:
 
     Args:
-        method: ``"auto"`` (the default: products in TensorFlow and JAX on a CPU, sums elsewhere), ``"matmul"`` or
-            ``"sum"``. `keras_proxynorm.export` always uses ``"sum"``.
+        method: ``"auto"`` (the default), ``"matmul"``, ``"pool"`` or ``"sum"``. Automatic is, on a CPU, ``"pool"`` for
+            TensorFlow and ``"matmul"`` for XLA, on TensorFlow and JAX; anything else sums. `keras_proxynorm.export`
+            always uses ``"sum"``.
 
     Calling it changes the setting of the process, for all threads; as a context manager it restores the previous one.
     A function that is traced already keeps what it was traced with.
@@ -65,17 +70,22 @@ def position_sums(x, axis: int):
     axes = tuple(i for i in range(1, rank) if i != axis)
     if not axes:
         return x
-    if None in x.shape[1:] or not sums_are_products(x):
+    method = reduction_method(x)
+    if None in x.shape[1:] or method == "sum":
         return ops.sum(x, axis=axes, keepdims=True)
     batch = -1 if x.shape[0] is None else x.shape[0]
     before, channels, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
     for length in _chunks(after):
         x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
     for length in _chunks(before):
+        if method == "pool":
+            x = ops.average_pool(ops.reshape(x, (-1, length, 1, channels)), (length, 1), data_format="channels_last")
+            continue
         x = ops.reshape(x, (-1, length, channels))
         # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
         x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
-    return ops.reshape(x, (batch, *(channels if i == axis else 1 for i in range(1, rank))))
+    x = ops.reshape(x, (batch, *(channels if i == axis else 1 for i in range(1, rank))))
+    return x * math.prod(before) if method == "pool" else x
 
 
 def _chunks(sizes):
@@ -89,18 +99,18 @@ def _chunks(sizes):
     return lengths
 
 
-def sums_are_products(x) -> bool:
-    """Whether sums over `x` are computed as products with ones, by the setting or by the device."""
+def reduction_method(x) -> str:
+    """How sums over `x` are computed, by the setting or by the device."""
     if _method != "auto":
-        return _method == "matmul"
+        return _method
     backend = keras.backend.backend()
-    if backend == "tensorflow":
-        return _tensorflow_device(x) == "CPU"
+    if backend == "tensorflow" and _tensorflow_device(x) == "CPU":
+        return "matmul" if is_compiled_by_xla() else "pool"
     if backend == "jax":
         import jax
 
-        return jax.default_backend() == "cpu"
-    return False
+        return "matmul" if jax.default_backend() == "cpu" else "sum"
+    return "sum"
 
 
 def _tensorflow_device(x) -> str:

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from keras_proxynorm.kernels.compilation import is_compiled_by_xla
 from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.reductions import sums_are_products
+from keras_proxynorm.kernels.reductions import reduction_method
 from keras_proxynorm.kernels.statistics import group_mean
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_pivot
@@ -185,7 +185,7 @@ def _materialize(*tensors):
     On CPU it fuses even the error function into loops over whole images. What it does not fuse is a product; this one
     is exact. Compilers for accelerators weigh that by themselves.
     """
-    if not is_compiled_by_xla() or not sums_are_products(tensors[0]):
+    if not is_compiled_by_xla() or reduction_method(tensors[0]) != "matmul":
         return tensors
     half = tf.constant([[0.5, 0.5]], tensors[0].dtype)
     return [tf.reshape(half @ tf.broadcast_to(tf.reshape(x, (1, -1)), (2, tf.size(x))), tf.shape(x)) for x in tensors]

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import keras_proxynorm
 from keras_proxynorm import reduction
 from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.reductions import sums_are_products
+from keras_proxynorm.kernels.reductions import reduction_method
 
-methods = pytest.mark.parametrize("method", ["matmul", "sum"])
+methods = pytest.mark.parametrize("method", ["matmul", "pool", "sum"])
 
 
 @methods
@@ -37,11 +37,12 @@ def test_values(method, shape, data):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["matmul", "pool"])
 @pytest.mark.parametrize("axis", [1, 2, 3])
-def test_long_sums_keep_their_digits(axis, mode):
+def test_long_sums_keep_their_digits(axis, method, mode):
     x = np.random.default_rng(0).random((2, 224, 224, 3)).astype("float32")
     x = np.moveaxis(x, -1, axis)
-    with reduction("matmul"):
+    with reduction(method):
         found = numpy(compiled(lambda x: position_sums(x, axis), mode)(*tensors(x)))
     axes = tuple(i for i in range(1, 4) if i != axis)
     np.testing.assert_allclose(found, x.sum(axes, dtype="float64", keepdims=True), rtol=2e-6)
@@ -49,21 +50,21 @@ def test_long_sums_keep_their_digits(axis, mode):
 
 def test_setting():
     (x,) = tensors(np.zeros((1, 2, 3), "float32"))
-    automatic = sums_are_products(x)
+    automatic = reduction_method(x)
     try:
         reduction("matmul")
-        assert sums_are_products(x)
+        assert reduction_method(x) == "matmul"
         with reduction("sum"):
-            assert not sums_are_products(x)
+            assert reduction_method(x) == "sum"
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # where tf.distribute traces
-                assert not pool.submit(sums_are_products, x).result()
-            with pytest.raises(ZeroDivisionError), reduction("matmul"):
+                assert pool.submit(reduction_method, x).result() == "sum"
+            with pytest.raises(ZeroDivisionError), reduction("pool"):
                 _ = 1 / 0
-            assert not sums_are_products(x)
-        assert sums_are_products(x)
+            assert reduction_method(x) == "sum"
+        assert reduction_method(x) == "matmul"
     finally:
         reduction("auto")
-    assert sums_are_products(x) == automatic
+    assert reduction_method(x) == automatic
 
 
 def test_unknown_method():
@@ -71,26 +72,26 @@ def test_unknown_method():
         reduction("fast")
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="sums everywhere")
-def test_products_on_cpu():
-    assert sums_are_products(*tensors(np.zeros((1, 2, 3), "float32")))
+def test_on_cpu():
+    expected = {"tensorflow": "pool", "jax": "matmul", "torch": "sum"}[BACKEND]
+    assert reduction_method(*tensors(np.zeros((1, 2, 3), "float32"))) == expected
 
 
 @tensorflow_only
-@pytest.mark.parametrize("device, product", [("CPU", True), ("GPU", False), ("TPU", False)])
-def test_the_device_decides_where_it_is_traced(device, product):
+@pytest.mark.parametrize(
+    "device, jit_compile, expected",
+    [("CPU", False, "AvgPool"), ("CPU", True, "BatchMatMulV2"), ("GPU", False, "Sum"), ("TPU", True, "Sum")],
+)
+def test_device_and_compiler_decide_where_it_is_traced(device, jit_compile, expected):
     import tensorflow as tf
 
-    layer = keras_proxynorm.GroupNormProxy(groups=2)
-    layer.build((None, 5, 5, 4))
-
-    @tf.function
+    @tf.function(jit_compile=jit_compile)
     def call(x):
         with tf.device(device):
-            return layer(x)
+            return position_sums(x, 3)
 
     graph = call.get_concrete_function(tf.TensorSpec((None, 5, 5, 4))).graph
-    assert any(operation.type.startswith("BatchMatMul") for operation in graph.get_operations()) == product
+    assert {"AvgPool", "BatchMatMulV2", "Sum"} & {op.type for op in graph.get_operations()} == {expected}
 
 
 @tensorflow_only
@@ -104,7 +105,7 @@ def test_exports_sum(tmp_path):
     graph = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
     (serve,) = (f for f in graph.library.function if f.signature.name.startswith("__inference_serve"))
     types = {node.op for node in serve.node_def}
-    assert "Sum" in types and not any("MatMul" in name for name in types)
+    assert "Sum" in types and not any("MatMul" in name or "Pool" in name for name in types)
 
 
 @methods
