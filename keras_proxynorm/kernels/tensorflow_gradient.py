@@ -1,15 +1,16 @@
 """Normalize, affine and activation in as few passes over memory as TensorFlow allows, with a gradient by hand."""
 
+import math
+
 import keras
 import tensorflow as tf
 
+from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.kernels.compilation import is_compiled_by_xla
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.reductions import reduction_method
-from keras_proxynorm.kernels.statistics import group_mean
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_pivot
-from keras_proxynorm.kernels.statistics import moments_about_pivot
 from keras_proxynorm.moments import ElementwiseActivation
 
 __all__ = ["normalize_and_activate"]
@@ -94,34 +95,41 @@ class _Step:
     def forward(self, x, scale, offset, shift, factor=None):
         (pivot,) = _materialize(group_pivot(x, self.groups, self.axis))
         centered = x - pivot
-        distance, variance = moments_about_pivot(centered, self.groups, self.axis)
+        # Small tensors have the shape (batch, groups, channels of a group), with size 1 where channels agree.
+        count = self.elements_of_a_group(x)
+        distance = self.group_sums(centered) / count
+        variance = tf.nn.relu(self.group_sums(tf.square(centered)) / count - tf.square(distance))
         inverse = tf.math.rsqrt(variance + self.epsilon)
-        slope = inverse * self.broadcast(scale, x)
-        intercept = self.broadcast(offset, x) - distance * slope
+        scale, offset, shift, factor = (self.split(vector) for vector in (scale, offset, shift, factor))
+        slope = inverse * scale
+        intercept = offset - distance * slope
         # Repeated for each sample, because TensorFlow broadcasts along one axis faster than along two.
         repeat = tf.zeros_like(slope)
-        shift = repeat + self.broadcast(shift, x)
-        factor = None if factor is None else repeat + self.broadcast(factor, x)
+        factor_of_samples = None if factor is None else self.merge(repeat + factor, x)
         h = None
         if self.activation.is_identity:
-            slope, intercept = _materialize(slope, intercept - shift)
+            slope, intercept = _materialize(self.merge(slope, x), self.merge(intercept - shift, x))
             output = centered * slope + intercept
         elif self.is_relu:
             # r relu(h) - s = max(r h - s, -s), and its gradient needs the output alone.
-            slope, intercept, shift = _materialize(slope, intercept - shift, -shift)
+            slope, intercept, shift = _materialize(
+                self.merge(slope, x), self.merge(intercept - shift, x), self.merge(repeat - shift, x)
+            )
             output = tf.maximum(centered * slope + intercept, shift)
-        elif factor is None:
-            slope, intercept, shift = _materialize(slope, intercept, shift)
-            h = centered * slope + intercept
-            output = self.activation.function(h) - shift
         else:
-            slope, intercept, factor, shift = _materialize(slope, intercept, factor, shift)
+            slope, intercept, shift = _materialize(
+                self.merge(slope, x), self.merge(intercept, x), self.merge(repeat + shift, x)
+            )
             h = centered * slope + intercept
-            output = self.activation.function(h) * factor - shift
+            output = self.activation.function(h)
+            if factor is not None:
+                (factor_of_samples,) = _materialize(factor_of_samples)
+                output = output * factor_of_samples
+            output = output - shift
         return output, (output, h, centered, distance, inverse, scale, shift, factor)
 
     def backward(self, upstream, output, h, centered, distance, inverse, scale, shift, factor):
-        d_shift = -self.channel_sums(position_sums(upstream, self.axis))
+        d_shift = -self.vector(position_sums(upstream, self.axis))
         d_factor = []
         if self.activation.is_identity:
             dh = upstream
@@ -130,32 +138,53 @@ class _Step:
         else:
             products, dh = _products(self.activation.function, h, upstream)
             if factor is not None:
-                d_factor = [self.channel_sums(position_sums(products, self.axis))]
-        sums = position_sums(dh, self.axis)
+                d_factor = [self.vector(position_sums(products, self.axis))]
+                scale = scale * factor
+        sums = self.split(barrier(position_sums(dh, self.axis)))
         # Of products with the distance from the mean, in two steps: of those with x it would be rounding errors.
-        products = position_sums(dh * centered, self.axis) - distance * sums
-        if factor is not None:
-            sums, products = sums * factor, products * factor
-        d_scale, d_offset = self.channel_sums(products * inverse), self.channel_sums(sums)
-        count = _position_count(centered, self.axis)
-        scale = self.broadcast(scale, centered)
-        mean = group_mean(sums * scale, self.groups, self.axis) / count
-        covariance = group_mean(products * scale, self.groups, self.axis) / count
+        products = self.split(barrier(position_sums(dh * centered, self.axis))) - distance * sums
+        count = self.elements_of_a_group(centered)
+        mean = tf.reduce_sum(sums * scale, axis=2, keepdims=True) / count
+        covariance = tf.reduce_sum(products * scale, axis=2, keepdims=True) / count
+        slope = inverse * scale
         inclination = -(inverse**3) * covariance
+        constant = -inverse * mean - inclination * distance
+        repeat = tf.zeros_like(slope)
         slope, inclination, constant = _materialize(
-            inverse * scale if factor is None else inverse * scale * factor,
-            inclination,
-            -inverse * mean - inclination * distance,
+            *(self.merge(value, centered) for value in (slope, repeat + inclination, repeat + constant))
         )
         dx = dh * slope + (centered * inclination + constant)
-        return [dx, d_scale, d_offset, d_shift, *d_factor]
+        factor = 1.0 if factor is None else factor
+        return [dx, self.vector(products * inverse * factor), self.vector(sums * factor), d_shift, *d_factor]
+
+    def group_sums(self, x):
+        """Sums over the positions and the channels of each group, of shape ``(batch, groups, 1)``."""
+        return tf.reduce_sum(self.split(barrier(position_sums(x, self.axis))), axis=2, keepdims=True)
+
+    def elements_of_a_group(self, x):
+        """How many values of a sample share their statistics."""
+        if None not in x.shape[1:]:
+            return float(math.prod(x.shape[1:]) // self.groups)
+        return tf.cast(tf.reduce_prod(tf.shape(x)[1:]) // self.groups, x.dtype)
+
+    def split(self, x):
+        """A vector of the channels, or a tensor of size 1 at the positions, by groups and channels of a group."""
+        if x is None:
+            return None
+        channels = x.shape[-1] if len(x.shape) == 1 else x.shape[self.axis]
+        return tf.reshape(x, (-1, self.groups, channels // self.groups))
+
+    def merge(self, x, like):
+        """The inverse, of the rank of `like`, to be broadcast to it."""
+        batch = -1 if like.shape[0] is None else like.shape[0]
+        return tf.reshape(x, (batch, *(n if i == self.axis else 1 for i, n in enumerate(like.shape[1:], 1))))
+
+    def vector(self, sums):
+        """Sums over the samples of what has been summed over the positions, as a vector of the channels."""
+        return tf.reshape(tf.reduce_sum(sums, axis=0), (-1,))
 
     def broadcast(self, vector, x):
         return tf.reshape(vector, [-1 if i == self.axis else 1 for i in range(len(x.shape))])
-
-    def channel_sums(self, sums):
-        """Sums over the samples of what has been summed over the positions, as vectors."""
-        return tf.reduce_sum(tf.reshape(sums, (-1, sums.shape[self.axis])), axis=0)
 
 
 def _products(function, h, upstream):
@@ -169,14 +198,6 @@ def _products(function, h, upstream):
         tape.watch(h)
         z = function(h)
     return upstream * z, tape.gradient(z, h, upstream)
-
-
-def _position_count(x, axis):
-    shape = [n for i, n in enumerate(x.shape) if i not in (0, axis)]
-    if None in shape:
-        dynamic = tf.shape(x)
-        return tf.cast(tf.reduce_prod(dynamic) // dynamic[0] // dynamic[axis], x.dtype)
-    return tf.reduce_prod(tf.constant([1, *shape], x.dtype))
 
 
 def _materialize(*tensors):
