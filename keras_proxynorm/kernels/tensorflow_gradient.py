@@ -12,6 +12,7 @@ from keras_proxynorm.kernels.reductions import reduction_method
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_pivot
 from keras_proxynorm.moments import ElementwiseActivation
+from keras_proxynorm.moments.gradients import with_gradient
 
 __all__ = ["normalize_and_activate"]
 
@@ -45,52 +46,23 @@ def normalize_and_activate(
         # Such a function commutes with the positive factor.
         scale, offset, factor = scale * factor, offset * factor, None
     vectors = [scale, offset, shift] if folds else [scale, offset, shift, factor]
-    return _Step(activation, groups, axis, epsilon)(x, *vectors)
+    step = _Step(activation, groups, axis, epsilon)
+    return with_gradient(step.formula, step.forward)(x, *vectors)
 
 
 class _Step:
-    """The function with its gradient; an object because both need all the settings."""
+    """The function and its gradient; an object because both need all the settings."""
 
     def __init__(self, activation, groups, axis, epsilon):
         self.activation, self.groups, self.axis, self.epsilon = activation, groups, axis, epsilon
         self.is_relu = activation.slopes == (0.0, 1.0)
 
     def formula(self, x, scale, offset, shift, factor=None):
-        """What `__call__` computes, for automatic differentiation."""
+        """What `forward` computes, for automatic differentiation."""
         pivot, distance, variance = group_moments(x, self.groups, self.axis)
         y = (x - pivot - distance) * tf.math.rsqrt(variance + self.epsilon)
         z = self.activation.function(y * self.broadcast(scale, x) + self.broadcast(offset, x))
         return (z if factor is None else z * self.broadcast(factor, x)) - self.broadcast(shift, x)
-
-    def __call__(self, *inputs):
-        @tf.custom_gradient
-        def step(*inputs):
-            output, kept = self.forward(*inputs)
-
-            def gradient(upstream):
-                @tf.custom_gradient
-                def differentiable_gradient(upstream, *inputs):
-                    def second(*upstreams):
-                        return self.gradient_of_gradient(upstream, inputs, upstreams)
-
-                    return self.backward(upstream, *kept), second
-
-                return differentiable_gradient(upstream, *inputs)
-
-            return output, gradient
-
-        return step(*inputs)
-
-    def gradient_of_gradient(self, upstream, inputs, upstreams):
-        with tf.GradientTape() as outer:
-            outer.watch([upstream, *inputs])
-            with tf.GradientTape() as inner:
-                inner.watch(inputs)
-                output = self.formula(*inputs)
-            gradients = inner.gradient(output, inputs, upstream)
-        return outer.gradient(
-            gradients, [upstream, *inputs], upstreams, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
 
     def forward(self, x, scale, offset, shift, factor=None):
         (pivot,) = _materialize(group_pivot(x, self.groups, self.axis))
@@ -126,7 +98,8 @@ class _Step:
                 (factor_of_samples,) = _materialize(factor_of_samples)
                 output = output * factor_of_samples
             output = output - shift
-        return output, (output, h, centered, distance, inverse, scale, shift, factor)
+        kept = (output, h, centered, distance, inverse, scale, shift, factor)
+        return output, lambda upstream: self.backward(upstream, *kept)
 
     def backward(self, upstream, output, h, centered, distance, inverse, scale, shift, factor):
         d_shift = -self.vector(position_sums(upstream, self.axis))

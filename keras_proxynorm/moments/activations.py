@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_proxynorm.moments.closed_forms import exponential_moments
 from keras_proxynorm.moments.closed_forms import rectifier_moments
+from keras_proxynorm.moments.quadrature import SMOOTH_NODES
 from keras_proxynorm.moments.quadrature import piecewise_smooth_moments
 from keras_proxynorm.moments.quadrature import quantile_moments
 from keras_proxynorm.moments.quadrature import smooth_moments
@@ -34,12 +35,14 @@ class ElementwiseActivation:
         kinks: Where the function has a kink or a jump; between them it is smooth.
         slopes: The slopes of a line (one) or of two half-lines that meet at the one kink (two); else None.
         exponential: Whether it is the exponential function.
+        nodes: How many nodes the quadrature takes for a smooth function.
     """
 
     function: Callable
     kinks: tuple[float, ...] = ()
     slopes: tuple[float, ...] | None = None
     exponential: bool = False
+    nodes: int = SMOOTH_NODES
 
     @property
     def is_identity(self) -> bool:
@@ -53,12 +56,18 @@ class ElementwiseActivation:
             return mean, ops.square(stddev)
         if self.exponential:
             return exponential_moments(mean, stddev)
+        if self.kinks and self.slopes is None:
+            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
+        rectifier, smooth = rectifier_moments, smooth_moments
+        if keras.backend.backend() == "tensorflow":
+            from keras_proxynorm.moments import tensorflow_gradient
+
+            rectifier = tensorflow_gradient.fast_rectifier_moments
+            smooth = tensorflow_gradient.fast_smooth_moments
         if self.slopes is not None:
             (kink,), (left, right) = self.kinks, self.slopes
-            return rectifier_moments(kink, left, right, mean, stddev)
-        if self.kinks:
-            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
-        return smooth_moments(self.function, mean, stddev)
+            return rectifier(kink, left, right, mean, stddev)
+        return smooth(self.function, mean, stddev, self.nodes)
 
 
 def _relu_shape(negative_slope=0.0, max_value=None, threshold=0.0):
@@ -108,19 +117,12 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
     activations.hard_silu: _kinks_at(-3.0, 3.0),
     activations.sparse_plus: _kinks_at(-1.0, 1.0),
     activations.sparse_sigmoid: _kinks_at(-1.0, 1.0),
+    # The nearest singularity of these in the complex plane is at pi i: half the nodes are enough.
     **dict.fromkeys(
-        (
-            activations.gelu,
-            activations.log_sigmoid,
-            activations.mish,
-            activations.sigmoid,
-            activations.silu,
-            activations.softplus,
-            activations.tanh,
-            activations.tanh_shrink,
-        ),
-        _kinks_at(),
+        (activations.log_sigmoid, activations.sigmoid, activations.silu, activations.softplus),
+        lambda: {"nodes": 65},
     ),
+    **dict.fromkeys((activations.gelu, activations.mish, activations.tanh, activations.tanh_shrink), _kinks_at()),
 }
 
 _NOT_ELEMENTWISE = (activations.glu, activations.log_softmax, activations.softmax, activations.sparsemax)
