@@ -12,20 +12,21 @@ __all__ = ["position_sums", "reduction", "reduction_method"]
 _METHODS = ("auto", "matmul", "pool", "sum")
 _method = "auto"
 _LONGEST_SUM = 4096
+_SMALLEST_POOLED, _USUAL_BATCH_SIZE = 2**20, 8
 
 
 class reduction:
     """Sets how the layers sum over the positions of a sample: as a setting, or for a block of code.
 
-    On a CPU, average pooling over the whole image is the fastest reduction that TensorFlow has, and for XLA a product
-    with a vector of ones, by far. On an accelerator a float32 product may be computed in TF32 or bfloat16, which is no
-    longer a sum. The layers choose by the device that they find when they are traced. Choose for them when you trace
-    on one device for another:
+    On a CPU, average pooling over the whole image is the fastest reduction of a large tensor that TensorFlow has, and
+    for XLA a product with a vector of ones, by far. On an accelerator a float32 product may be computed in TF32 or
+    bfloat16, which is no longer a sum. The layers choose by the device that they find when they are traced. Choose for
+    them when you trace on one device for another:
 
     Args:
         method: ``"auto"`` (the default), ``"matmul"``, ``"pool"`` or ``"sum"``. Automatic is, on a CPU, ``"pool"`` for
-            TensorFlow and ``"matmul"`` for XLA, on TensorFlow and JAX; anything else sums. `keras_proxynorm.export`
-            always uses ``"sum"``.
+            large tensors in TensorFlow and ``"matmul"`` in XLA, on TensorFlow and JAX; anything else sums.
+            `keras_proxynorm.export` always uses ``"sum"``.
 
     Calling it changes the setting of the process, for all threads; as a context manager it restores the previous one.
     A function that is traced already keeps what it was traced with.
@@ -72,31 +73,38 @@ def position_sums(x, axis: int):
         return x
     method = reduction_method(x)
     if None in x.shape[1:] or method == "sum":
-        return ops.sum(x, axis=axes, keepdims=True)
-    batch = -1 if x.shape[0] is None else x.shape[0]
-    before, channels, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
-    for length in _chunks(after):
+        for chunk in _chunks(axes, x.shape):
+            x = ops.sum(x, axis=chunk, keepdims=True)
+        return x
+    shape, batch = x.shape, -1 if x.shape[0] is None else x.shape[0]
+    before, after = ([i for i in axes if i < axis], [i for i in axes if i > axis])
+    for chunk in _chunks(after, shape):
+        length = math.prod(shape[i] for i in chunk)
         x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
-    for length in _chunks(before):
+    for chunk in _chunks(before, shape):
+        length = math.prod(shape[i] for i in chunk)
         if method == "pool":
-            x = ops.average_pool(ops.reshape(x, (-1, length, 1, channels)), (length, 1), data_format="channels_last")
-            continue
-        x = ops.reshape(x, (-1, length, channels))
-        # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
-        x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
-    x = ops.reshape(x, (batch, *(channels if i == axis else 1 for i in range(1, rank))))
-    return x * math.prod(before) if method == "pool" else x
-
-
-def _chunks(sizes):
-    """Lengths to sum over one after the other, last axis first: long sums lose digits, and short ones take time."""
-    lengths = []
-    for size in reversed(sizes):
-        if lengths and lengths[-1] * size <= _LONGEST_SUM:
-            lengths[-1] *= size
+            x = ops.reshape(x, (-1, length, 1, shape[axis]))
+            x = ops.average_pool(x, (length, 1), data_format="channels_last")
         else:
-            lengths.append(size)
-    return lengths
+            x = ops.reshape(x, (-1, length, shape[axis]))
+            # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
+            x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
+    x = ops.reshape(x, (batch, *(shape[i] if i == axis else 1 for i in range(1, rank))))
+    return x * math.prod(shape[i] for i in before) if method == "pool" else x
+
+
+def _chunks(axes, shape):
+    """Axes to sum over together, the last ones first: long sums lose digits, and many short ones take time."""
+    chunks, length = [], math.inf
+    for axis in reversed(axes):
+        size = math.inf if shape[axis] is None else shape[axis]
+        if length * size <= _LONGEST_SUM:
+            chunks[-1], length = (axis, *chunks[-1]), length * size
+        else:
+            chunks.append((axis,))
+            length = size
+    return chunks
 
 
 def reduction_method(x) -> str:
@@ -105,7 +113,11 @@ def reduction_method(x) -> str:
         return _method
     backend = keras.backend.backend()
     if backend == "tensorflow" and _tensorflow_device(x) == "CPU":
-        return "matmul" if is_compiled_by_xla() else "pool"
+        if is_compiled_by_xla():
+            return "matmul"
+        # Pooling is faster and starts slower.
+        known = None not in x.shape[1:] and (x.shape[0] or _USUAL_BATCH_SIZE) * math.prod(x.shape[1:])
+        return "pool" if known and known >= _SMALLEST_POOLED else "sum"
     if backend == "jax":
         import jax
 

@@ -118,11 +118,11 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
     activations.sparse_plus: _kinks_at(-1.0, 1.0),
     activations.sparse_sigmoid: _kinks_at(-1.0, 1.0),
     # The nearest singularity of these in the complex plane is at pi i: half the nodes are enough.
+    **dict.fromkeys((activations.log_sigmoid, activations.silu, activations.softplus), lambda: {"nodes": 65}),
     **dict.fromkeys(
-        (activations.log_sigmoid, activations.sigmoid, activations.silu, activations.softplus),
-        lambda: {"nodes": 65},
+        (activations.gelu, activations.mish, activations.sigmoid, activations.tanh, activations.tanh_shrink),
+        _kinks_at(),
     ),
-    **dict.fromkeys((activations.gelu, activations.mish, activations.tanh, activations.tanh_shrink), _kinks_at()),
 }
 
 _NOT_ELEMENTWISE = (activations.glu, activations.log_softmax, activations.softmax, activations.sparsemax)

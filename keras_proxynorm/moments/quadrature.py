@@ -26,7 +26,7 @@ def smooth_moments(function: Callable, mean, stddev, nodes: int = SMOOTH_NODES):
     vanish at both ends it converges exponentially. The nearest singularity of `function` in the complex plane sets the
     rate: at distance ``d`` from the real line the error is about ``exp(-62 d / stddev)`` with 129 nodes, and
     ``exp(-31 d / stddev)`` with 65. For tanh (129 nodes, ``d = pi / 2``) that is measured as 5e-8 at ``stddev = 5``,
-    2e-4 at 10 and 6e-3 at 20; gelu and mish stay below 2e-6 at 10 and 8e-4 at 20; silu, softplus and sigmoid (65 nodes,
+    2e-4 at 10 and 6e-3 at 20; gelu and mish stay below 2e-6 at 10 and 8e-4 at 20; silu and softplus (65 nodes,
     ``d = pi``) below 6e-8 at 5, 2e-4 at 10 and 7e-3 at 20.
     """
     return _weighted_moments(function, mean, stddev, *_columns(trapezoid(nodes), mean))
