@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from backends import gradients
 from backends import numpy
 from backends import tensorflow_only
 from layers.samples import normal
@@ -74,6 +75,32 @@ def test_fit_in_mixed_precision(policy):
     history = model.fit(x, y, batch_size=8, epochs=8, verbose=0).history
     assert np.all(np.isfinite(history["loss"])) and history["loss"][-1] < 0.8 * history["loss"][0]
     assert {w.dtype for w in model.trainable_weights} == {"float32"}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
+def test_fifty_layers_in_mixed_precision(policy):
+    """Forward and backward through 50 normalized convolutions: nothing overflows, and nothing vanishes."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    x = inputs = keras.Input((8, 8, 3))
+    for i in range(50):
+        norm = kp.LayerNormProxy() if i % 2 else kp.GroupNormProxy(4, activation="silu")
+        x = norm(keras.layers.Conv2D(16, 3, padding="same", use_bias=False)(x))
+    x = keras.layers.Dense(2, dtype="float32")(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, x)
+    x, y = images(8)
+
+    def loss(*weights):
+        outputs, _ = model.stateless_call(list(weights), [], x)
+        return LOSS(y, outputs)
+
+    found = [numpy(g) for g in gradients(loss, *(v.value for v in model.trainable_variables))]
+    assert all(np.all(np.isfinite(g)) for g in found)
+    assert min(np.abs(g.astype("float32")).max() for g in found) > 1e-4
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), LOSS)
+    history = model.fit(x, y, batch_size=4, epochs=4, verbose=0).history
+    assert np.all(np.isfinite(history["loss"]))
+    assert all(np.all(np.isfinite(numpy(w.value).astype("float32"))) for w in model.weights)
 
 
 @tensorflow_only
