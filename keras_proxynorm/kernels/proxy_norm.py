@@ -67,7 +67,8 @@ def group_normalize_and_activate(
     def broadcast(vector):
         return None if vector is None else ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(x.shape))])
 
-    y = normalize(x, *group_moments(x, groups, axis, mask), broadcast(gamma), broadcast(beta), epsilon)
+    pivot, distance, variance = group_moments(x, groups, axis, mask)
+    y = normalize(x, pivot, distance, variance, broadcast(gamma), broadcast(beta), epsilon)
     if proxy_moments is None:
         return activation.function(y)
     mean, variance = proxy_moments

@@ -22,10 +22,9 @@ def normalize_and_activate(
 ):
     """``factor * activation(scale * y + offset) - shift`` for the normalized ``y = (x - mean) / sqrt(var + epsilon)``.
 
-    The derivatives of the statistics are put together by hand, from two sums over the positions: of the gradient ``g``
-    before the affine, and of ``g (x - mean)``. Whole tensors are kept for it
-    as few as for batch normalization: `x`, and the output or the input of the activation. It can be
-    differentiated again, to any order; that goes by automatic differentiation of the formula.
+    The gradient takes two sums over the positions, of the gradient ``g`` before the affine and of ``g (x - mean)``, and
+    keeps as few whole tensors as batch normalization does: `x`, and the output or the input of the activation. It can
+    be differentiated again, to any order; that goes by automatic differentiation of the formula.
 
     Args:
         x: Float tensor of rank 2 or more; axis 0 is the batch.
@@ -170,7 +169,7 @@ def _products(function, h, upstream):
     with tf.GradientTape() as tape:
         tape.watch(h)
         z = function(h)
-    return upstream * z, tape.gradient(z, h, upstream)
+    return upstream * z, tape.gradient(z, h, upstream, tf.UnconnectedGradients.ZERO)
 
 
 def _materialize(*tensors):

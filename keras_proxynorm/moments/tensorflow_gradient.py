@@ -62,7 +62,7 @@ def fast_smooth_moments(function: Callable, mean, stddev, nodes: int):
             with tf.GradientTape() as tape:
                 tape.watch(arguments)
                 values = function(arguments)
-            gradient = tape.gradient(values, arguments, upstream)
+            gradient = tape.gradient(values, arguments, upstream, tf.UnconnectedGradients.ZERO)
             return [tf.reduce_sum(gradient, axis=0), tf.reduce_sum(points * gradient, axis=0)]
 
         return (center + shift, variance), backward
