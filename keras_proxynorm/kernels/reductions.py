@@ -81,7 +81,8 @@ def position_sums(x, axis: int):
     for chunk in _chunks(after, shape):
         length = math.prod(shape[i] for i in chunk)
         x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
-    for chunk in _chunks(before, shape):
+    # XLA makes a slow loop of a product for one sample alone; its rows are several.
+    for chunk in _chunks(before, shape, 1 if method == "matmul" and batch == 1 else _LONGEST_SUM):
         length = math.prod(shape[i] for i in chunk)
         if method == "pool":
             x = ops.reshape(x, (-1, length, 1, shape[axis]))
@@ -94,12 +95,12 @@ def position_sums(x, axis: int):
     return x * math.prod(shape[i] for i in before) if method == "pool" else x
 
 
-def _chunks(axes, shape):
+def _chunks(axes, shape, longest=_LONGEST_SUM):
     """Axes to sum over together, the last ones first: long sums lose digits, and many short ones take time."""
     chunks, length = [], math.inf
     for axis in reversed(axes):
         size = math.inf if shape[axis] is None else shape[axis]
-        if length * size <= _LONGEST_SUM:
+        if length * size <= longest:
             chunks[-1], length = (axis, *chunks[-1]), length * size
         else:
             chunks.append((axis,))
