@@ -2,9 +2,9 @@
 
     python benchmarks/model_speed.py
 
-takes about half an hour. Each step is what `fit` runs, on images of 64x64 pixels. The contenders take turns in one
-process; the peak memory of each is that of a process of its own. "share" is what the normalization costs, the time
-beyond that of the model without any, as a ratio to what Keras's group norm costs.
+takes about a quarter of an hour. Each step is what `fit` runs, on images of 128x128 pixels. The contenders take turns
+in one process; the peak memory of each is that of a process of its own. "share" is what the normalization costs, the
+time beyond that of the model without any, as a ratio to what Keras's group norm costs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from measurement import write_results
 MODELS = ["ResNet50V2", "EfficientNetB0"]
 BATCH_SIZES = [8, 32]
 NORMALIZATIONS = ["batch_norm", "group_norm", "group_norm_proxy", "none"]
-IMAGE_SIZE = 64
+IMAGE_SIZE = 128
 CLASSES = 100
 
 
