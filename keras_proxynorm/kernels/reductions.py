@@ -86,7 +86,7 @@ def position_sums(x, axis: int):
         length = math.prod(shape[i] for i in chunk)
         if method == "pool":
             x = ops.reshape(x, (-1, length, 1, shape[axis]))
-            x = ops.average_pool(x, (length, 1), data_format="channels_last")
+            x = ops.average_pool(x, (length, 1), (length, 1), data_format="channels_last")
         else:
             x = ops.reshape(x, (-1, length, shape[axis]))
             # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
