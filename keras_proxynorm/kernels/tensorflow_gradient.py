@@ -45,12 +45,15 @@ def normalize_and_activate(
         # Such a function commutes with the positive factor.
         scale, offset, factor = scale * factor, offset * factor, None
     vectors = [scale, offset, shift] if folds else [scale, offset, shift, factor]
+    (pivot,) = _materialize(group_pivot(x, groups, axis))
+    # Not in the step: its input is kept for the gradient, and then nobody needs `x`, which is as large.
+    centered = x - pivot
     step = _Step(activation, groups, axis, epsilon)
-    return with_gradient(step.formula, step.forward)(x, *vectors)
+    return with_gradient(step.formula, step.forward)(centered, *vectors)
 
 
 class _Step:
-    """The function and its gradient; an object because both need all the settings."""
+    """The function of the input without its pivot, and its gradient; an object because both need all the settings."""
 
     def __init__(self, activation, groups, axis, epsilon):
         self.activation, self.groups, self.axis, self.epsilon = activation, groups, axis, epsilon
@@ -63,11 +66,9 @@ class _Step:
         z = self.activation.function(y * self.broadcast(scale, x) + self.broadcast(offset, x))
         return (z if factor is None else z * self.broadcast(factor, x)) - self.broadcast(shift, x)
 
-    def forward(self, x, scale, offset, shift, factor=None):
-        (pivot,) = _materialize(group_pivot(x, self.groups, self.axis))
-        centered = x - pivot
+    def forward(self, centered, scale, offset, shift, factor=None):
         # Small tensors have the shape (batch, groups, channels of a group), with size 1 where channels agree.
-        count = self.elements_of_a_group(x)
+        count = self.elements_of_a_group(centered)
         distance = self.group_sums(centered) / count
         variance = tf.nn.relu(self.group_sums(tf.square(centered)) / count - tf.square(distance))
         inverse = tf.math.rsqrt(variance + self.epsilon)
@@ -76,20 +77,22 @@ class _Step:
         intercept = offset - distance * slope
         # Repeated for each sample, because TensorFlow broadcasts along one axis faster than along two.
         repeat = tf.zeros_like(slope)
-        factor_of_samples = None if factor is None else self.merge(repeat + factor, x)
+        factor_of_samples = None if factor is None else self.merge(repeat + factor, centered)
         h = None
         if self.activation.is_identity:
-            slope, intercept = _materialize(self.merge(slope, x), self.merge(intercept - shift, x))
+            slope, intercept = _materialize(self.merge(slope, centered), self.merge(intercept - shift, centered))
             output = centered * slope + intercept
         elif self.is_relu:
             # r relu(h) - s = max(r h - s, -s), and its gradient needs the output alone.
             slope, intercept, shift = _materialize(
-                self.merge(slope, x), self.merge(intercept - shift, x), self.merge(repeat - shift, x)
+                self.merge(slope, centered),
+                self.merge(intercept - shift, centered),
+                self.merge(repeat - shift, centered),
             )
             output = tf.maximum(centered * slope + intercept, shift)
         else:
             slope, intercept, shift = _materialize(
-                self.merge(slope, x), self.merge(intercept, x), self.merge(repeat + shift, x)
+                self.merge(slope, centered), self.merge(intercept, centered), self.merge(repeat + shift, centered)
             )
             h = centered * slope + intercept
             output = self.activation.function(h)
