@@ -101,7 +101,13 @@ class _Step:
                 output = output * factor_of_samples
             output = output - shift
         kept = (output, h, centered, distance, inverse, scale, shift, factor)
-        return output, lambda upstream: self.backward(upstream, *kept)
+
+        def backward(upstream):
+            # Otherwise TensorFlow computes what it can of the gradient early, and holds it until the rest is there.
+            with tf.control_dependencies([upstream]):
+                return self.backward(upstream, *kept)
+
+        return output, backward
 
     def backward(self, upstream, output, h, centered, distance, inverse, scale, shift, factor):
         d_shift = -self.vector(position_sums(upstream, self.axis))
