@@ -3,10 +3,11 @@
 import keras
 from keras import ops
 
+from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.moments import ElementwiseActivation
 
-__all__ = ["group_normalize_and_activate", "normalize", "proxy_moments", "proxy_normalize"]
+__all__ = ["affine_and_activate", "group_normalize_and_activate", "normalize", "proxy_moments", "proxy_normalize"]
 
 
 def group_normalize_and_activate(
@@ -63,16 +64,31 @@ def group_normalize_and_activate(
             axis,
             epsilon,
         )
-
-    def broadcast(vector):
-        return None if vector is None else ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(x.shape))])
-
+    gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
     pivot, distance, variance = group_moments(x, groups, axis, mask)
-    y = normalize(x, pivot, distance, variance, broadcast(gamma), broadcast(beta), epsilon)
+    y = normalize(x, pivot, distance, variance, gamma, beta, epsilon)
+    return affine_and_activate(
+        y, None, None, proxy_moments, activation=activation, axis=axis, proxy_epsilon=proxy_epsilon
+    )
+
+
+def affine_and_activate(
+    x, gamma, beta, proxy_moments, *, activation: ElementwiseActivation, axis: int, proxy_epsilon: float
+):
+    """Affine, activation and proxy normalization, of an input that is normalized.
+
+    Takes the arguments of `group_normalize_and_activate` that it has, and returns a tensor of the shape and dtype of
+    `x`.
+    """
+    gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
+    if gamma is not None:
+        x = x * gamma
+    if beta is not None:
+        x = x + beta
     if proxy_moments is None:
-        return activation.function(y)
-    mean, variance = proxy_moments
-    return proxy_normalize(y, activation, broadcast(mean), broadcast(variance), proxy_epsilon)
+        return activation.function(x)
+    mean, variance = (channels.broadcast(moment, x, axis) for moment in proxy_moments)
+    return proxy_normalize(x, activation, mean, variance, proxy_epsilon)
 
 
 def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):

@@ -9,10 +9,11 @@ import math
 
 from keras import ops
 
+from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.kernels.reductions import position_sums
 
-__all__ = ["group_mean", "group_moments", "group_pivot", "moments_about_pivot"]
+__all__ = ["group_moments", "group_pivot", "group_size", "moments_about_pivot"]
 
 
 def group_moments(x, groups: int, axis: int, mask=None):
@@ -32,17 +33,22 @@ def group_moments(x, groups: int, axis: int, mask=None):
     """
     if mask is None:
         pivot = group_pivot(x, groups, axis)
-        return pivot, *moments_about_pivot(x - pivot, groups, axis)
+        distance, variance = moments_about_pivot(x - pivot, groups, axis)
+        return pivot, channels.repeat(distance, x, axis), channels.repeat(variance, x, axis)
+
+    def sums(values):
+        return channels.repeat(_group_sums(values, groups, axis), x, axis)
+
     mask = _expand_mask(mask, x)
     weights = ops.cast(mask, x.dtype) * ops.ones_like(x)
-    counts = _group_sum(weights, groups, axis)
+    counts = sums(weights)
     counts = ops.where(counts > 0, counts, ops.ones_like(counts))
     # Replaced, not multiplied away: a masked infinity times 0 would be NaN, here or in the gradient.
-    pivot = ops.stop_gradient(_group_sum(ops.where(mask, x, ops.zeros_like(x)), groups, axis) / counts)
+    pivot = ops.stop_gradient(sums(ops.where(mask, x, ops.zeros_like(x))) / counts)
     centered = ops.where(mask, x, pivot) - pivot
-    distance = _group_sum(weights * centered, groups, axis) / counts
+    distance = sums(weights * centered) / counts
     deviations = weights * (centered - distance)
-    return pivot, distance, _group_sum(ops.square(deviations), groups, axis) / counts
+    return pivot, distance, sums(ops.square(deviations)) / counts
 
 
 def group_pivot(x, groups: int, axis: int):
@@ -59,44 +65,34 @@ def group_pivot(x, groups: int, axis: int):
             index = choose(ops.shape(x)[i])
             slices.append(slice(None) if i == axis else slice(index, index + 1))
         pixels = barrier(x[tuple(slices)])  # lest their layout becomes that of the input
-        return ops.reshape(pixels, (-1, groups, per_group))[:, :, choose(per_group)]
+        index = choose(per_group)
+        return channels.by_groups(pixels, groups, axis)[:, :, index : index + 1]
 
     first, middle, last = elements(lambda size: 0), elements(lambda size: size // 2), elements(lambda size: size - 1)
     low, high = ops.minimum(first, middle), ops.maximum(first, middle)
-    return ops.stop_gradient(_repeat_for_channels(ops.maximum(low, ops.minimum(high, last)), x, axis))
+    return ops.stop_gradient(channels.repeat(ops.maximum(low, ops.minimum(high, last)), x, axis))
 
 
 def moments_about_pivot(centered, groups: int, axis: int):
-    """Mean and variance of each group of `centered`, in one pass: for values with a mean close to 0 only."""
-    distance = group_mean(centered, groups, axis)
-    return distance, ops.relu(group_mean(ops.square(centered), groups, axis) - ops.square(distance))
-
-
-def group_mean(x, groups: int, axis: int):
-    """Mean over the positions and the channels of each group, of size 1 at the positions, repeated for each channel."""
+    """Mean and variance of each group, of shape ``(batch, groups, 1)``, in one pass: for a mean close to 0 only."""
+    count = group_size(centered, groups, axis)
     # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
+    distance = _group_sums(centered, groups, axis) / count
+    return distance, ops.relu(_group_sums(ops.square(centered), groups, axis) / count - ops.square(distance))
+
+
+def group_size(x, groups: int, axis: int):
+    """How many values of a sample share their statistics."""
     sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis]
     known = all(isinstance(n, int) for n in sizes)
-    count = math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype)
-    return _group_sum(x, groups, axis) / (count * (x.shape[axis] // groups))
+    return (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype)) * (x.shape[axis] // groups)
 
 
-def _group_sum(x, groups, axis):
-    sums, channels = position_sums(x, axis), x.shape[axis]
-    if groups == channels:
-        return sums
+def _group_sums(x, groups, axis):
+    """Sums over the positions and the channels of each group, of shape ``(batch, groups, 1)``."""
     # Of two sums in a row XLA makes one. On a TPU that wants a layout that suits no other sum, and copies the input.
-    sums = barrier(sums)
-    totals = ops.sum(ops.reshape(sums, (-1, groups, channels // groups)), axis=2)
-    return _repeat_for_channels(totals, x, axis)
-
-
-def _repeat_for_channels(values, x, axis):
-    """A value for each group, repeated for the channels of `x` in it."""
-    batch, channels = -1 if x.shape[0] is None else x.shape[0], x.shape[axis]
-    values = ops.reshape(values, (batch, math.prod(values.shape[1:]), 1))
-    values = values * ops.ones((1, 1, channels // values.shape[1]), values.dtype)
-    return ops.reshape(values, (batch, *(channels if i == axis else 1 for i in range(1, len(x.shape)))))
+    sums = channels.by_groups(barrier(position_sums(x, axis)), groups, axis)
+    return ops.sum(sums, axis=2, keepdims=True)
 
 
 def _expand_mask(mask, x):

@@ -1,18 +1,19 @@
 """Normalize, affine and activation in as few passes over memory as TensorFlow allows, with a gradient by hand."""
 
-import math
-
 import keras
 import tensorflow as tf
 
+from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.kernels.compilation import is_compiled_by_xla
+from keras_proxynorm.kernels.gradients import with_gradient
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.reductions import reduction_method
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_pivot
+from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.kernels.statistics import moments_about_pivot
 from keras_proxynorm.moments import ElementwiseActivation
-from keras_proxynorm.moments.gradients import with_gradient
 
 __all__ = ["normalize_and_activate"]
 
@@ -63,14 +64,13 @@ class _Step:
         """What `forward` computes, for automatic differentiation."""
         pivot, distance, variance = group_moments(x, self.groups, self.axis)
         y = (x - pivot - distance) * tf.math.rsqrt(variance + self.epsilon)
-        z = self.activation.function(y * self.broadcast(scale, x) + self.broadcast(offset, x))
-        return (z if factor is None else z * self.broadcast(factor, x)) - self.broadcast(shift, x)
+        scale, offset, shift, factor = (channels.broadcast(v, x, self.axis) for v in (scale, offset, shift, factor))
+        z = self.activation.function(y * scale + offset)
+        return (z if factor is None else z * factor) - shift
 
     def forward(self, centered, scale, offset, shift, factor=None):
         # Small tensors have the shape (batch, groups, channels of a group), with size 1 where channels agree.
-        count = self.elements_of_a_group(centered)
-        distance = self.group_sums(centered) / count
-        variance = tf.nn.relu(self.group_sums(tf.square(centered)) / count - tf.square(distance))
+        distance, variance = moments_about_pivot(centered, self.groups, self.axis)
         inverse = tf.math.rsqrt(variance + self.epsilon)
         scale, offset, shift, factor = (self.split(vector) for vector in (scale, offset, shift, factor))
         slope = inverse * scale
@@ -124,7 +124,7 @@ class _Step:
         sums = self.split(barrier(position_sums(dh, self.axis)))
         # Of products with the distance from the mean, in two steps: of those with x it would be rounding errors.
         products = self.split(barrier(position_sums(dh * centered, self.axis))) - distance * sums
-        count = self.elements_of_a_group(centered)
+        count = group_size(centered, self.groups, self.axis)
         mean = tf.reduce_sum(sums * scale, axis=2, keepdims=True) / count
         covariance = tf.reduce_sum(products * scale, axis=2, keepdims=True) / count
         slope = inverse * scale
@@ -138,34 +138,15 @@ class _Step:
         factor = 1.0 if factor is None else factor
         return [dx, self.vector(products * inverse * factor), self.vector(sums * factor), d_shift, *d_factor]
 
-    def group_sums(self, x):
-        """Sums over the positions and the channels of each group, of shape ``(batch, groups, 1)``."""
-        return tf.reduce_sum(self.split(barrier(position_sums(x, self.axis))), axis=2, keepdims=True)
+    def split(self, values):
+        return channels.by_groups(values, self.groups, self.axis)
 
-    def elements_of_a_group(self, x):
-        """How many values of a sample share their statistics."""
-        if None not in x.shape[1:]:
-            return float(math.prod(x.shape[1:]) // self.groups)
-        return tf.cast(tf.reduce_prod(tf.shape(x)[1:]) // self.groups, x.dtype)
-
-    def split(self, x):
-        """A vector of the channels, or a tensor of size 1 at the positions, by groups and channels of a group."""
-        if x is None:
-            return None
-        channels = x.shape[-1] if len(x.shape) == 1 else x.shape[self.axis]
-        return tf.reshape(x, (-1, self.groups, channels // self.groups))
-
-    def merge(self, x, like):
-        """The inverse, of the rank of `like`, to be broadcast to it."""
-        batch = -1 if like.shape[0] is None else like.shape[0]
-        return tf.reshape(x, (batch, *(n if i == self.axis else 1 for i, n in enumerate(like.shape[1:], 1))))
+    def merge(self, values, like):
+        return channels.by_channels(values, like, self.axis)
 
     def vector(self, sums):
         """Sums over the samples of what has been summed over the positions, as a vector of the channels."""
         return tf.reshape(tf.reduce_sum(sums, axis=0), (-1,))
-
-    def broadcast(self, vector, x):
-        return tf.reshape(vector, [-1 if i == self.axis else 1 for i in range(len(x.shape))])
 
 
 def _products(function, h, upstream):

@@ -196,19 +196,15 @@ class ProxyNormalizationLayer(keras.layers.Layer):
             beta: Tensor of shape ``(channels,)`` or None.
             moments: What `activation_moments` returns.
         """
-        axis = self._channel_axis(x.shape)
-
-        def broadcast(vector):
-            return ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(x.shape))])
-
-        if gamma is not None:
-            x = x * broadcast(gamma)
-        if beta is not None:
-            x = x + broadcast(beta)
-        if moments is None:
-            return x
-        mean, variance = moments
-        return kernels.proxy_normalize(x, self._elementwise, broadcast(mean), broadcast(variance), self.proxy_epsilon)
+        return kernels.affine_and_activate(
+            x,
+            gamma,
+            beta,
+            moments,
+            activation=self._elementwise,
+            axis=self._channel_axis(x.shape),
+            proxy_epsilon=self.proxy_epsilon,
+        )
 
     def _check_channels(self, input_shape, channels):
         """Raises a ValueError if the layer cannot have this many channels."""

@@ -56,22 +56,12 @@ class ElementwiseActivation:
             return mean, ops.square(stddev)
         if self.exponential:
             return exponential_moments(mean, stddev)
-        if self.kinks and self.slopes is None:
-            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
-        rectifier, smooth = _rectifier_and_smooth_moments()
         if self.slopes is not None:
             (kink,), (left, right) = self.kinks, self.slopes
-            return rectifier(kink, left, right, mean, stddev)
-        return smooth(self.function, mean, stddev, self.nodes)
-
-
-def _rectifier_and_smooth_moments():
-    """Functions for the two kinds of activations that networks have most, as fast as the backend allows."""
-    if keras.backend.backend() != "tensorflow":
-        return rectifier_moments, smooth_moments
-    from keras_proxynorm.moments import tensorflow_gradient
-
-    return tensorflow_gradient.fast_rectifier_moments, tensorflow_gradient.fast_smooth_moments
+            return rectifier_moments(kink, left, right, mean, stddev)
+        if self.kinks:
+            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev)
+        return smooth_moments(self.function, mean, stddev, self.nodes)
 
 
 def _relu_shape(negative_slope=0.0, max_value=None, threshold=0.0):

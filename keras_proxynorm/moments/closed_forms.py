@@ -6,10 +6,10 @@ from keras import ops
 
 from keras_proxynorm.moments.quadrature import TINY
 
-__all__ = ["CLIP", "exponential_moments", "rectifier_moments"]
+__all__ = ["exponential_moments", "rectifier_moments"]
 
 # Standard deviations beyond which the float32 normal density is zero. Clipping there keeps every product finite.
-CLIP = 13.0
+_CLIP = 13.0
 
 
 def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
@@ -35,7 +35,7 @@ def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
     """
     change = right - left
     distance = mean - kink
-    t = ops.clip(distance / (stddev + TINY), -CLIP, CLIP)
+    t = ops.clip(distance / (stddev + TINY), -_CLIP, _CLIP)
     # By erfc: (1 + erf) / 2 cancels in the left tail, and XLA's float32 erf makes that visible.
     cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
     pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
-__all__ = ["SMOOTH_NODES", "TINY", "piecewise_smooth_moments", "quantile_moments", "smooth_moments", "trapezoid"]
+__all__ = ["SMOOTH_NODES", "piecewise_smooth_moments", "quantile_moments", "smooth_moments"]
 
 # The mass of a standard normal beyond 6.5 is 8e-11: below float32 rounding for activations that grow like a line.
 _HALF_WIDTH = 6.5
@@ -29,7 +29,7 @@ def smooth_moments(function: Callable, mean, stddev, nodes: int = SMOOTH_NODES):
     2e-4 at 10 and 6e-3 at 20; gelu and mish stay below 2e-6 at 10 and 8e-4 at 20; silu and softplus (65 nodes,
     ``d = pi``) below 6e-8 at 5, 2e-4 at 10 and 7e-3 at 20.
     """
-    return _weighted_moments(function, mean, stddev, *_columns(trapezoid(nodes), mean))
+    return _weighted_moments(function, mean, stddev, *_columns(_trapezoid(nodes), mean))
 
 
 def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, stddev):
@@ -84,8 +84,7 @@ def _columns(arrays, like):
 
 
 @functools.cache
-def trapezoid(nodes: int):
-    """Points in standard deviations and weights of the rule for smooth functions, NumPy vectors."""
+def _trapezoid(nodes):
     points = np.linspace(-_HALF_WIDTH, _HALF_WIDTH, nodes)
     weights = np.exp(-0.5 * points**2)
     return points, weights / weights.sum()
