@@ -136,7 +136,9 @@ def main():
             rows = in_own_process(measure, threads, precision, arguments.repeats)
             print_table(rows)
             threads_name = "1thread" if threads == 1 else f"{threads}threads"
-            write_results(results_file("layer_speed", threads_name, precision), rows)
+            output = results_file("layer_speed", threads_name, precision)
+            write_results(output, rows)
+            print(f"Written to {os.path.relpath(output)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import csv
 import importlib.metadata
 import math
 import multiprocessing
-import os
 import random
 import statistics
 import time
@@ -72,14 +71,23 @@ def results_file(benchmark, *conditions):
     return Path(__file__).with_name("results") / f"{name}.csv"
 
 
-def write_results(path, rows):
-    """Writes dicts with the same keys as CSV; a file of the same name has the same conditions, and is replaced."""
+def write_results(path, rows, keys=()):
+    """Writes dicts with the same keys as CSV; a file of the same name has the same conditions.
+
+    Args:
+        path: The file. It is replaced, except for its rows about something else:
+        keys: The names of the columns that say what a row is about.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {tuple(str(row[key]) for key in keys) for row in rows}
+    others = []
+    if keys and path.exists():
+        with path.open(newline="") as file:
+            others = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in measured]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    print(f"Written to {os.path.relpath(path)}")
+        writer.writerows(sorted([*others, *rows], key=lambda row: [str(row[key]).zfill(9) for key in keys]))
 
 
 def geometric_mean(values):

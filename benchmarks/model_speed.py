@@ -131,15 +131,15 @@ def main():
     parser.add_argument("--precision", default="float32", help="a dtype policy; default: float32")
     parser.add_argument("--repeats", type=int, default=15, help="turns that are measured; default: 15")
     arguments = parser.parse_args()
+    threads = "1thread" if arguments.threads == 1 else f"{arguments.threads}threads"
+    output = results_file("model_speed", threads, arguments.precision)
     print(f"{'model':<16}{'batch':>6}  {'normalization':<18}{'ms':>10}{'/BN':>8}{'share':>8}{'peak MB':>10}")
-    rows = []
     for name in arguments.models:
         for batch_size in arguments.batch_sizes:
-            block = measure(arguments.threads, arguments.precision, name, batch_size, arguments.repeats)
-            print_rows(block)
-            rows += block
-    threads = "1thread" if arguments.threads == 1 else f"{arguments.threads}threads"
-    write_results(results_file("model_speed", threads, arguments.precision), rows)
+            rows = measure(arguments.threads, arguments.precision, name, batch_size, arguments.repeats)
+            print_rows(rows)
+            write_results(output, rows, keys=("model", "batch_size"))
+    print(f"Written to {os.path.relpath(output)}; its rows for other models and batch sizes are as they were.")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def proxy_moments(activation: ElementwiseActivation, gamma, beta, proxy, method:
     Returns:
         ``(mean, variance)``, tensors of shape ``(channels,)``.
     """
-    mean, stddev = proxy[0], 1.0 + proxy[1]
+    mean, stddev = ops.unstack(proxy)
+    stddev = 1.0 + stddev
     if gamma is not None:
         mean, stddev = gamma * mean, gamma * stddev
     if beta is not None:

@@ -60,17 +60,19 @@ def group_pivot(x, groups: int, axis: int):
     per_group = x.shape[axis] // groups
 
     def elements(choose):
-        slices = [slice(None)]
-        for i in range(1, len(x.shape)):
-            index = choose(ops.shape(x)[i])
-            slices.append(slice(None) if i == axis else slice(index, index + 1))
-        pixels = barrier(x[tuple(slices)])  # lest their layout becomes that of the input
-        index = choose(per_group)
-        return channels.by_groups(pixels, groups, axis)[:, :, index : index + 1]
+        pixel, members = [slice(None)], [slice(None)] * len(x.shape)
+        for size in _sizes(x):
+            index = choose(size)
+            pixel.append(slice(index, index + 1))
+        pixel[axis] = slice(None)
+        members[axis] = slice(choose(per_group), None, per_group)
+        # A barrier, lest their layout becomes that of the input.
+        return barrier(x[tuple(pixel)])[tuple(members)]
 
     first, middle, last = elements(lambda size: 0), elements(lambda size: size // 2), elements(lambda size: size - 1)
     low, high = ops.minimum(first, middle), ops.maximum(first, middle)
-    return ops.stop_gradient(channels.repeat(ops.maximum(low, ops.minimum(high, last)), x, axis))
+    pivot = channels.by_groups(ops.maximum(low, ops.minimum(high, last)), groups, axis)
+    return ops.stop_gradient(channels.repeat(pivot, x, axis))
 
 
 def moments_about_pivot(centered, groups: int, axis: int):
@@ -83,9 +85,9 @@ def moments_about_pivot(centered, groups: int, axis: int):
 
 def group_size(x, groups: int, axis: int):
     """How many values of a sample share their statistics."""
-    sizes = [ops.shape(x)[i] for i in range(1, len(x.shape)) if i != axis]
-    known = all(isinstance(n, int) for n in sizes)
-    return (math.prod(sizes) if known else ops.cast(ops.prod(sizes), x.dtype)) * (x.shape[axis] // groups)
+    if None in x.shape[1:]:
+        return ops.cast(ops.prod(_sizes(x)) // groups, x.dtype)
+    return math.prod(x.shape[1:]) // groups
 
 
 def _group_sums(x, groups, axis):
@@ -93,6 +95,12 @@ def _group_sums(x, groups, axis):
     # Of two sums in a row XLA makes one. On a TPU that wants a layout that suits no other sum, and copies the input.
     sums = channels.by_groups(barrier(position_sums(x, axis)), groups, axis)
     return ops.sum(sums, axis=2, keepdims=True)
+
+
+def _sizes(x):
+    """The sizes of all axes but the batch, as integers where they are known: their operations are to be few."""
+    dynamic = ops.shape(x) if None in x.shape[1:] else None
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape[1:], 1)]
 
 
 def _expand_mask(mask, x):

@@ -40,9 +40,12 @@ def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
     cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
     pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)
     # Not stddev * g(t): where t is clipped this is still exactly relu(mean - kink), with the right gradient.
-    output_mean = left * distance + change * (distance * cdf + stddev * pdf)
+    output_mean = change * (distance * cdf + stddev * pdf)
     g = t * cdf + pdf
-    unit_variance = left * left + 2.0 * left * change * cdf + change * change * (cdf - g * (g - t))
+    unit_variance = change * change * (cdf - g * (g - t))
+    if left:
+        output_mean = output_mean + left * distance
+        unit_variance = unit_variance + left * left + 2.0 * left * change * cdf
     return output_mean, ops.square(stddev) * ops.relu(unit_variance)
 
 

@@ -46,9 +46,9 @@ def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, s
     points, masses = [], []
     for low, high in itertools.pairwise(edges):
         half = 0.5 * (high - low)
-        point = (0.5 * (high + low))[None] + half[None] * nodes
+        point = (0.5 * (high + low)) + half * nodes
         points.append(point)
-        masses.append(half[None] * weights * ops.exp(-0.5 * ops.square(point)))
+        masses.append(half * weights * ops.exp(-0.5 * ops.square(point)))
     mass = ops.concatenate(masses, axis=0)
     # Divided by their sum, so that a constant keeps its value exactly.
     mass = mass / ops.sum(mass, axis=0, keepdims=True)
@@ -72,9 +72,9 @@ def _weighted_moments(function, mean, stddev, points, weights):
     values would not, and a standard deviation of 0 gives ``function(mean)`` and 0.
     """
     center = function(mean)
-    deviations = function(mean[None] + stddev[None] * points) - center[None]
+    deviations = function(mean + stddev * points) - center
     shift = ops.sum(weights * deviations, axis=0)
-    return center + shift, ops.sum(weights * ops.square(deviations - shift[None]), axis=0)
+    return center + shift, ops.sum(weights * ops.square(deviations - shift), axis=0)
 
 
 def _columns(arrays, like):
