@@ -4,16 +4,15 @@ ResNet50V2 takes the compiler half an hour: run the script for it, which fails i
 """
 
 import importlib.util
-import pathlib
 import sys
 
 import keras
 import pytest
 from backends import tensorflow_only
+from scripts import load_script
 
 import keras_proxynorm as kp
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "tpu_compile.py"
 pytestmark = tensorflow_only
 
 needs_compiler = pytest.mark.skipif(
@@ -23,10 +22,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("tpu_compile", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/tpu_compile.py")
 
 
 @pytest.fixture(scope="module")

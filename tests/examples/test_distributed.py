@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import pathlib
 import re
 import sys
 import time
@@ -13,10 +12,12 @@ import pytest
 from backends import numpy
 from distribution.processes import free_address
 from distribution.processes import run_together
+from scripts import ROOT
+from scripts import load_script
 
 pytest.importorskip("jax")
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "distributed.py"
+SCRIPT = ROOT / "examples" / "distributed.py"
 ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 VARIABLES = {
     "coordinator": "KERAS_DISTRIBUTION_JOB_ADDRESSES",
@@ -25,19 +26,16 @@ VARIABLES = {
 }
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("distributed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
+def load_distributed():
     with pytest.MonkeyPatch.context() as patch:
         # The script sets it, for itself; here it is the one of the tests again.
         patch.setenv("KERAS_BACKEND", keras.backend.backend())
-        spec.loader.exec_module(module)
-    return module
+        return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def distributed():
-    return load_script()
+    return load_distributed()
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +58,7 @@ def test_missing_package(module, extra, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
     with pytest.raises(SystemExit, match=re.escape(f'pip install "keras_proxynorm[{extra}]"')):
-        load_script()
+        load_distributed()
 
 
 def test_cluster_from_arguments(distributed, monkeypatch):

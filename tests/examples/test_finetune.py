@@ -1,8 +1,6 @@
 """The parts of examples/finetune.py, and, as it is slow, all of it."""
 
-import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,18 +8,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from scripts import ROOT
+from scripts import load_script
 
 import keras_proxynorm as kp
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "finetune.py"
+SCRIPT = ROOT / "examples" / "finetune.py"
 
 
 @pytest.fixture(scope="module")
 def finetune():
-    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def write_folder(folder, classes, images):

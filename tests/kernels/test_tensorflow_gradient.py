@@ -1,5 +1,9 @@
 """The step with a gradient by hand against automatic differentiation of its formula."""
 
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -141,3 +145,18 @@ def test_no_pass_over_the_input_is_wasted(mode):
     # Centered, squared; affine, maximum; mask of relu, products for one sum; three terms of the gradient.
     expected = ["Sub", "Square", "Mul", "AddV2", "Maximum", "Sub", "ReluGrad", "Mul", "Mul", "Mul", "AddV2", "AddV2"]
     assert types == expected
+
+
+@tensorflow_only
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_training_takes_no_more_memory_than_with_batch_norm(activation):
+    script = pathlib.Path(__file__).with_name("peak_memory.py")
+
+    def start(normalization):
+        return subprocess.Popen([sys.executable, script, normalization, activation], stdout=subprocess.PIPE, text=True)
+
+    processes = [start("proxy_norm"), start("batch_norm")]
+    proxy_norm, batch_norm = (float(process.communicate()[0]) for process in processes)
+    # Each of the twelve blocks keeps two or three tensors.
+    assert 20 < proxy_norm <= batch_norm
