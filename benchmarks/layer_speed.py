@@ -2,7 +2,7 @@
 
     python benchmarks/layer_speed.py
 
-takes about ten minutes. "graph" is what `fit` runs on a CPU, "xla" what it runs with an accelerator. The contenders
+takes about five minutes. "graph" is what `fit` runs on a CPU, "xla" what it runs with an accelerator. The contenders
 take turns in one process; the table has the medians in milliseconds and, last, the geometric mean over the first three
 shapes as ratios to batch norm and to Keras's group norm with the same activation.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/model_speed.py
 
-takes about a quarter of an hour. Each step is what `fit` runs, on images of 128x128 pixels. The contenders take turns
+takes half an hour. Each step is what `fit` runs, on images of 128x128 pixels. The contenders take turns
 in one process; the peak memory of each is that of a process of its own. "share" is what the normalization costs, the
 time beyond that of the model without any, as a ratio to what Keras's group norm costs.
 """

@@ -14,7 +14,7 @@ The normalizations look at one sample at a time, so they are the same however th
 gradients are summed over devices, as for a network without normalization.
 
 The data (1797 grey images of 8x8 pixels) comes with scikit-learn; nothing is downloaded. Two local processes on two
-cores take about half a minute.
+cores take less than a minute.
 """
 
 import argparse
