@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+import keras_proxynorm as kp
+
 
 @keras.saving.register_keras_serializable("keras_proxynorm_tests")
 class StandIn(keras.layers.BatchNormalization):
@@ -55,3 +57,31 @@ def small_model():
     x = keras.layers.Add(name="sum")([x, y])
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     return randomize(keras.Model(inputs, keras.layers.Dense(3, name="head")(x), name="small"))
+
+
+def conv_bn(x, name, filters=8, **kwargs):
+    x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False, name=name)(x)
+    return keras.layers.BatchNormalization(name=f"{name}_bn", **kwargs)(x)
+
+
+def exact(model, x=None):
+    """Converts to the stand-in and checks that nothing changed; returns the converted model and the report."""
+    randomize(model)
+    replaced, report = kp.replace_normalization(model, to=StandIn, return_report=True)
+    x = image(2, *(size or 8 for size in model.input_shape[1:])) if x is None else x
+    assert_same_outputs(model, replaced, x)
+    return replaced, report
+
+
+def found(report, path):
+    (layer,) = [layer for layer in report.layers if layer.path == path]
+    return layer
+
+
+def nested():
+    backbone = small_model()
+    inputs = keras.Input((8, 8, 3), name="picture")
+    x = backbone(inputs, training=False)
+    x = keras.layers.Dense(8, use_bias=False, name="project")(x)
+    x = keras.layers.BatchNormalization(name="project_bn")(x)
+    return keras.Model(inputs, keras.layers.Activation("silu", name="project_silu")(x), name="nested")
