@@ -1,5 +1,7 @@
 """The two steps of a proxy-normalized layer as functions of tensors: normalize with the affine, then activate."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -47,22 +49,17 @@ def group_normalize_and_activate(
     if mask is None and keras.backend.backend() == "tensorflow":
         from keras_proxynorm.kernels import tensorflow_gradient
 
-        one, zero = (ops.full((x.shape[axis],), value, x.dtype) for value in (1, 0))
-        factor, shift = one, zero
-        if proxy_moments is not None:
+        ones, zeros = (functools.partial(make, (x.shape[axis],), x.dtype) for make in (ops.ones, ops.zeros))
+        if proxy_moments is None:
+            factor, shift = ones(), zeros()
+        else:
             mean, variance = proxy_moments
             factor = ops.rsqrt(variance + proxy_epsilon)
             shift = mean * factor
+        scale = ones() if gamma is None else gamma
+        offset = zeros() if beta is None else beta
         return tensorflow_gradient.normalize_and_activate(
-            x,
-            one if gamma is None else gamma,
-            zero if beta is None else beta,
-            factor,
-            shift,
-            activation,
-            groups,
-            axis,
-            epsilon,
+            x, scale, offset, factor, shift, activation, groups, axis, epsilon
         )
     gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
     pivot, distance, variance = group_moments(x, groups, axis, mask)
