@@ -34,5 +34,4 @@ def by_channels(values, like, axis: int):
 
 def repeat(values, like, axis: int):
     """Values of groups, of shape ``(batch, groups, 1)``, for each of the channels of `like`, as in `by_channels`."""
-    values = values * ops.ones((1, 1, like.shape[axis] // values.shape[1]), values.dtype)
-    return by_channels(values, like, axis)
+    return by_channels(ops.tile(values, (1, 1, like.shape[axis] // values.shape[1])), like, axis)

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm.kernels import channels
+from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.moments import ElementwiseActivation
 
@@ -27,8 +28,9 @@ def group_normalize_and_activate(
 ):
     """Group normalization, affine, activation and proxy normalization.
 
-    On TensorFlow, and without a mask, the gradient is written by hand. Elsewhere automatic differentiation does as
-    well: on PyTorch a gradient by hand could not be differentiated again, and on JAX it would rule out forward mode.
+    On TensorFlow the gradient is written by hand, for standard activations and without a mask. Elsewhere automatic
+    differentiation does as well: on PyTorch a gradient by hand could not be differentiated again, and on JAX it would
+    rule out forward mode.
 
     Args:
         x: Float tensor of rank 2 or more; axis 0 is the batch.
@@ -41,12 +43,13 @@ def group_normalize_and_activate(
         axis: Index of the channel axis, positive.
         epsilon: Float, added to the variance of the input.
         proxy_epsilon: Float, added to the variance of the activation.
-        mask: Optional boolean tensor of the shape of `x` or of its leading axes.
+        mask: Optional boolean tensor of the shape of `x` or of its leading axes. Where it is False the output is that
+            of a constant sample, whatever is in `x`.
 
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    if mask is None and keras.backend.backend() == "tensorflow":
+    if mask is None and activation.is_standard and keras.backend.backend() == "tensorflow":
         from keras_proxynorm.kernels import tensorflow_gradient
 
         ones, zeros = (functools.partial(make, (x.shape[axis],), x.dtype) for make in (ops.ones, ops.zeros))
@@ -63,6 +66,9 @@ def group_normalize_and_activate(
         )
     gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
     pivot, distance, variance = group_moments(x, groups, axis, mask)
+    if mask is not None:
+        # Masked values have another scale than the others; float16 may not hold what normalization makes of them.
+        x = ops.where(expand_mask(mask, x), x, pivot + distance)
     y = normalize(x, pivot, distance, variance, gamma, beta, epsilon)
     return affine_and_activate(
         y, None, None, proxy_moments, activation=activation, axis=axis, proxy_epsilon=proxy_epsilon

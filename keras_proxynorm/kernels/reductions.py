@@ -47,9 +47,13 @@ class reduction:
         global _method
         if method not in _METHODS:
             raise ValueError(f"Argument `method` must be one of {_METHODS}. Received: method={method!r}")
+        self._method = method
         self._previous, _method = _method, method
 
     def __enter__(self):
+        global _method
+        if _method != self._method:  # entered again, or another one was set in between
+            self._previous, _method = _method, self._method
         return self
 
     def __exit__(self, *exception):

@@ -36,6 +36,8 @@ class ElementwiseActivation:
         slopes: The slopes of a line (one) or of two half-lines that meet at the one kink (two); else None.
         exponential: Whether it is the exponential function.
         nodes: How many nodes the quadrature takes for a smooth function.
+        is_standard: Whether it is a function of Keras or TensorFlow. Others may hold variables, or have a gradient that
+            is not the derivative of their values.
     """
 
     function: Callable
@@ -43,6 +45,7 @@ class ElementwiseActivation:
     slopes: tuple[float, ...] | None = None
     exponential: bool = False
     nodes: int = SMOOTH_NODES
+    is_standard: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -215,7 +218,8 @@ def resolve_activation(activation) -> ElementwiseActivation:
             f"Argument `activation` must be callable with one tensor; {known.__name__} needs other arguments. Wrap it "
             f"in a function of one tensor. Received: activation={activation!r}"
         ) from error
-    return ElementwiseActivation(functools.partial(known, **arguments) if arguments else known, **shape)
+    function = functools.partial(known, **arguments) if arguments else known
+    return ElementwiseActivation(function, **shape, is_standard=True)
 
 
 def _unwrap(function):
@@ -260,7 +264,8 @@ def _examine(function, activation):
             raise _not_elementwise(activation)
         for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
             if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
-                return ElementwiseActivation(function, **shape_of())
+                library = (getattr(function, "__module__", None) or "").split(".")[0]
+                return ElementwiseActivation(function, **shape_of(), is_standard=library in ("keras", "tensorflow"))
         inaccuracy = _inaccuracy_as_smooth(function)
     if inaccuracy > 3e-5:
         warnings.warn(

@@ -61,6 +61,11 @@ def test_setting():
                 _ = 1 / 0
             assert reduction_method(x) == "sum"
         assert reduction_method(x) == "matmul"
+        again = reduction("pool")
+        for _ in range(2):
+            with again:
+                assert reduction_method(x) == "pool"
+            assert reduction_method(x) == "matmul"
     finally:
         reduction("auto")
     assert reduction_method(x) == automatic

@@ -76,12 +76,15 @@ def test_large_offset(mode, groups):
     np.testing.assert_allclose(numpy(variance), expected_variance, rtol=1e-5)
 
 
-def test_the_pivot_may_be_an_outlier():
+@pytest.mark.parametrize("outliers", [[0], [32], [0, 63]])
+def test_pixels_far_out(outliers):
     x = np.random.default_rng(0).standard_normal((1, 64, 64, 4)).astype("float32")
-    x[:, 0, 0] = 1e4
+    for i in outliers:
+        x[:, i, i] = 1e4
     mean, variance = group_moments(*tensors(x), 2, 3)
     expected_mean, expected_variance = expected_moments(x, 2, 3)
-    np.testing.assert_allclose(numpy(mean), expected_mean, atol=1e-4 * np.sqrt(expected_variance.max()))
+    np.testing.assert_allclose(numpy(mean), expected_mean, atol=1e-6 * np.sqrt(expected_variance.max()))
+    # Beside 1e8, float32 sums lose what is small.
     np.testing.assert_allclose(numpy(variance), expected_variance, rtol=1e-4)
 
 

@@ -11,6 +11,7 @@ from backends import MODES
 from backends import compiled
 from backends import tensorflow_only
 
+import keras_proxynorm
 from keras_proxynorm.moments import resolve_activation
 
 ACTIVATIONS = {
@@ -145,6 +146,44 @@ def test_no_pass_over_the_input_is_wasted(mode):
     # Centered, squared; affine, maximum; mask of relu, products for one sum; three terms of the gradient.
     expected = ["Sub", "Square", "Mul", "AddV2", "Maximum", "Sub", "ReluGrad", "Mul", "Mul", "Mul", "AddV2", "AddV2"]
     assert types == expected
+
+
+@tensorflow_only
+def test_activations_keep_their_own_gradients():
+    """What is no function of Keras or TensorFlow may have any gradient, and hold variables."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def steep(x):
+        return tf.nn.relu(x), lambda upstream: 7.0 * upstream
+
+    slope = tf.Variable(1.5)
+    for activation in (steep, lambda x: x * tf.sigmoid(slope * x)):
+        layer = keras_proxynorm.GroupNormProxy(2, activation=activation)
+        x = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32"))
+        layer.build(x.shape)
+
+        def gradients(mask, layer=layer, x=x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(layer(x, mask=mask) ** 3)
+            return tape.gradient(loss, [x, slope, *(v.value for v in layer.trainable_variables)])
+
+        # With a mask, the gradient is that of automatic differentiation.
+        for found, expected in zip(gradients(None), gradients(tf.ones((2, 3), bool)), strict=True):
+            if expected is not None:
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_functions_of_tensorflow_have_the_gradient_by_hand(activation):
+    import tensorflow as tf
+
+    assert resolve_activation(getattr(tf.nn, activation)).is_standard
+    assert resolve_activation(getattr(keras.ops, activation)).is_standard
+    assert resolve_activation(activation).is_standard
+    assert not resolve_activation(lambda x: keras.ops.relu(x)).is_standard
 
 
 @tensorflow_only

@@ -240,6 +240,31 @@ def test_masked_steps_do_not_enter(name, mode):
     np.testing.assert_array_equal(numpy(gradient)[~mask], 0)
 
 
+@every_normalization
+@pytest.mark.parametrize("garbage", [np.inf, np.nan, 3e3])
+def test_masked_values_do_not_reach_outputs_and_gradients(name, garbage):
+    keras.config.set_dtype_policy("mixed_float16")
+    layer, x = built(LAYERS[name], (2, 6, 8)), normal(2, 6, 8).astype("float16")
+    mask = np.array([[True, True, False, True, True, False], [False] * 6])
+    x[~mask] = garbage
+    (mask_tensor,) = tensors(mask)
+    assert np.all(np.isfinite(numpy(layer(*tensors(x), mask=mask_tensor))))
+
+    def loss(x, *values):
+        y = layer.stateless_call(list(values), [], x, mask=mask_tensor)[0]
+        return keras.ops.sum(keras.ops.square(keras.ops.cast(y, "float32")))
+
+    for gradient in gradients(loss, *tensors(x, *(numpy(v.value) for v in layer.trainable_variables))):
+        assert np.all(np.isfinite(numpy(gradient)))
+
+
+@every_layer
+@every_mode
+def test_empty_batch(name, mode):
+    layer, x = built(LAYERS[name], (None, 4, 4, 8)), np.zeros((0, 4, 4, 8), "float32")
+    assert compiled(layer, mode)(*tensors(x)).shape == (0, 4, 4, 8)
+
+
 def test_mask_of_a_masking_layer_reaches_the_statistics():
     x = normal(2, 5, 8)
     x[:, 3:] = 0
