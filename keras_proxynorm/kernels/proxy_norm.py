@@ -44,7 +44,7 @@ def group_normalize_and_activate(
         epsilon: Float, added to the variance of the input.
         proxy_epsilon: Float, added to the variance of the activation.
         mask: Optional boolean tensor of the shape of `x` or of its leading axes. Where it is False the output is that
-            of a constant sample, whatever is in `x`.
+            of the mean, whatever is in `x`.
 
     Returns:
         A tensor of the shape and dtype of `x`.

@@ -48,7 +48,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
         beta_constraint: Optional constraint of `beta`.
         gamma_constraint: Optional constraint of `gamma`.
         activation: The name of an activation, an elementwise callable of one tensor, a parameter-free Keras activation
-            layer, or None. Defaults to ``"relu"``.
+            layer, or None. A callable of your own may hold variables and have a gradient of its own; training then
+            takes more time and memory on TensorFlow than with a function of Keras. Defaults to ``"relu"``.
         proxy_epsilon: Float, added to the variance of the activation. It keeps channels that are almost always off from
             being blown up. Defaults to 0.03, the paper's value; it is not the same thing as `epsilon`.
         proxy_moments: ``"exact"``, or ``"quantiles"`` for the biased estimate of the authors' code; see
@@ -73,8 +74,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
         inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
             Integers are refused.
         mask: Optional boolean tensor of the shape of the inputs or of their leading axes, such as
-            ``(batch, steps)``. Masked positions do not enter the statistics; they are normalized with those of the
-            others.
+            ``(batch, steps)``. Masked positions do not enter the statistics, and whatever is in them reaches neither
+            outputs nor gradients: they come out as the mean of the others would.
 
     Output:
         A tensor of the shape of the inputs in the layer's compute dtype. Statistics, affine, activation and moments are
