@@ -49,7 +49,7 @@ class GroupNormProxy(ProxyNormalizationLayer):
         gamma_constraint: Optional constraint of `gamma`.
         activation: The name of an activation, an elementwise callable of one tensor, a parameter-free Keras activation
             layer, or None. A callable of your own may hold variables and have a gradient of its own; training then
-            takes more time and memory on TensorFlow than with a function of Keras. Defaults to ``"relu"``.
+            takes more time on TensorFlow than with a function of Keras. Defaults to ``"relu"``.
         proxy_epsilon: Float, added to the variance of the activation. It keeps channels that are almost always off from
             being blown up. Defaults to 0.03, the paper's value; it is not the same thing as `epsilon`.
         proxy_moments: ``"exact"``, or ``"quantiles"`` for the biased estimate of the authors' code; see

@@ -264,7 +264,8 @@ def _examine(function, activation):
             raise _not_elementwise(activation)
         for known, shape_of in _SHAPES.items():  # tf.nn.relu, keras.ops.relu, a lambda, ...
             if known is not activations.threshold and _same(whole, ops.convert_to_numpy(known(_PROBE))):
-                library = (getattr(function, "__module__", None) or "").split(".")[0]
+                # A layer of Keras, or a tf.function, may be around a function of the user's.
+                library = function.__module__.split(".")[0] if inspect.isfunction(function) else None
                 return ElementwiseActivation(function, **shape_of(), is_standard=library in ("keras", "tensorflow"))
         inaccuracy = _inaccuracy_as_smooth(function)
     if inaccuracy > 3e-5:

@@ -158,7 +158,8 @@ def test_activations_keep_their_own_gradients():
         return tf.nn.relu(x), lambda upstream: 7.0 * upstream
 
     slope = tf.Variable(1.5)
-    for activation in (steep, lambda x: x * tf.sigmoid(slope * x)):
+    wrapped = keras.layers.Activation(steep), keras.layers.Lambda(steep), tf.function(steep)
+    for activation in (steep, *wrapped, lambda x: x * tf.sigmoid(slope * x)):
         layer = keras_proxynorm.GroupNormProxy(2, activation=activation)
         x = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32"))
         layer.build(x.shape)
