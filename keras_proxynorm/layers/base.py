@@ -186,6 +186,26 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         )
         return kernels.proxy_moments(self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles)
 
+    def inference_constants(self) -> tuple[np.ndarray, ...]:
+        """What the layer multiplies with and adds, once its weights do not change any more.
+
+        Returns:
+            ``(scale, offset, output_scale, output_offset)``, NumPy vectors of shape ``(channels,)``, computed in
+            float64 where the backend has it, such that the layer computes ``output_scale * activation(scale * y +
+            offset) + output_offset`` of the normalized input ``y``.
+        """
+        channels = next(iter(self.input_spec.axes.values()))
+        scale, offset = (
+            np.full(channels, default) if weight is None else ops.convert_to_numpy(weight).astype("float64")
+            for weight, default in ((self.gamma, 1.0), (self.beta, 0.0))
+        )
+        moments = self.activation_moments("float64")
+        if moments is None:
+            return scale, offset, np.ones(channels), np.zeros(channels)
+        mean, variance = (ops.convert_to_numpy(moment).astype("float64") for moment in moments)
+        output_scale = 1 / np.sqrt(variance + self.proxy_epsilon)
+        return scale, offset, output_scale, -mean * output_scale
+
     def _normalize_and_activate(self, x, mask, gamma, beta, moments):
         """The whole layer as a function of tensors, here without a normalization.
 

@@ -51,6 +51,11 @@ class ElementwiseActivation:
     def is_identity(self) -> bool:
         return self.slopes == (1.0,)
 
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether ``function(r * x)`` is ``r * function(x)`` for every positive ``r``."""
+        return self.slopes is not None and all(kink == 0 for kink in self.kinks)
+
     def moments(self, mean, stddev, method: str = "exact", num_quantiles: int = 256):
         """Mean and variance of the activation of ``N(mean, stddev ** 2)``; two float tensors of one shape and dtype."""
         if method == "quantiles":

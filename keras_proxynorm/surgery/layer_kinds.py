@@ -8,6 +8,7 @@ __all__ = [
     "NORMALIZATIONS",
     "SEPARABLE",
     "absorbs_offset",
+    "pads_with_zeros",
     "passes_affine",
     "passes_offset",
 ]
@@ -33,10 +34,11 @@ _AFFINE = _classes("Dropout", "Identity") + _classes_of_each_dimension(
     *("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling"),
     *("Cropping", "SpatialDropout", "UpSampling"),
 )
+_ZERO_PADDING = _classes_of_each_dimension("ZeroPadding")
 _OFFSET = (
     *_AFFINE,
     *_classes("Add", "Average", "Concatenate", "Multiply", "Subtract", "Flatten", "Permute", "Reshape"),
-    *_classes_of_each_dimension("ZeroPadding"),
+    *_ZERO_PADDING,
 )
 _OFFSET_OPERATIONS = ("Add", "Concatenate", "GetItem", "Mean", "Multiply", "Reshape", "Subtract", "Transpose")
 _LINEAR = (
@@ -53,6 +55,11 @@ def passes_affine(operation: keras.Operation) -> bool:
     """Whether a scale and an offset for each channel of its input are those of its output, to the last bit."""
     # The class itself: what a subclass does, nobody knows.
     return type(operation) in _AFFINE
+
+
+def pads_with_zeros(operation: keras.Operation) -> bool:
+    """Whether it puts zeros around its input and does nothing else, so that it passes a scale on and no offset."""
+    return type(operation) in _ZERO_PADDING
 
 
 def passes_offset(operation: keras.Operation) -> bool:

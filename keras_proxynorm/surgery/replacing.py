@@ -17,7 +17,7 @@ from keras_proxynorm.surgery.carrying import carry_state
 from keras_proxynorm.surgery.carrying import dtype_of
 from keras_proxynorm.surgery.carrying import late_regularizers
 from keras_proxynorm.surgery.cloning import Cloner
-from keras_proxynorm.surgery.compensation import Compensation
+from keras_proxynorm.surgery.compensation import compensate_in
 from keras_proxynorm.surgery.compensation import find_compensations
 from keras_proxynorm.surgery.graph import is_functional
 from keras_proxynorm.surgery.graph import is_sequential
@@ -30,6 +30,7 @@ from keras_proxynorm.surgery.planning import make_plan
 from keras_proxynorm.surgery.report import LayerReport
 from keras_proxynorm.surgery.report import ReplacementReport
 from keras_proxynorm.surgery.report import Uncompensated
+from keras_proxynorm.surgery.rescaling import Absorption
 from keras_proxynorm.surgery.selection import LayerSelection
 from keras_proxynorm.surgery.selection import selector
 from keras_proxynorm.surgery.targets import Target
@@ -145,7 +146,7 @@ def replace_normalization(
         layer.activity_regularizer = _activity_regularizer(decision, with_activation)
         return layer
 
-    compensations: list[Compensation] = []
+    compensations: list[Absorption] = []
     uncompensated: list[Uncompensated] = []
     if compensate:
         _check_compensate(compensate, copies, target, plan, make)
@@ -159,7 +160,7 @@ def replace_normalization(
     notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan)]
     notes += _carry(plan, cloner, set(biased), copies)
     for compensation in compensations:
-        compensation.apply(cloner.clone(compensation.layer))
+        compensate_in(cloner.clone(compensation.layer), compensation)
     notes += _late_regularizers(cloner)
     notes += carry_compile_state(model, new_model)
     layer_reports = tuple(_layer_report(decision, cloner, copies) for decision in plan.decisions.values())

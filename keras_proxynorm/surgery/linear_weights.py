@@ -1,0 +1,78 @@
+"""The kernel and the bias of a linear layer, to be changed by scales and shifts of its channels and written back."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
+from keras_proxynorm.surgery.layer_kinds import SEPARABLE
+
+__all__ = ["LinearWeights", "why_weights_are_fixed"]
+
+
+class LinearWeights:
+    """Kernel and bias of a dense, convolution, depthwise or separable layer, in float64.
+
+    Args:
+        layer: The layer, built. One without bias counts as one with zeros.
+    """
+
+    def __init__(self, layer: keras.layers.Layer):
+        self._kernels = {name: _float64(getattr(layer, name)) for name in _kernel_names(layer)}
+        self._is_depthwise = isinstance(layer, (*DEPTHWISE, *SEPARABLE))
+        last = list(self._kernels.values())[-1]
+        filters = last.shape[-2] * last.shape[-1] if isinstance(layer, DEPTHWISE) else last.shape[-1]
+        bias = getattr(layer, "bias", None)
+        self._bias = np.zeros(filters) if bias is None else _float64(bias)
+
+    def take_in(self, scale: np.ndarray, shift: np.ndarray):
+        """Makes the layer compute of ``x`` what it computed of ``scale * x + shift``; vectors over input channels."""
+        name, kernel = next(iter(self._kernels.items()))
+        if self._is_depthwise:
+            offset = (kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0) * shift[:, None]).reshape(-1)
+            for pointwise in list(self._kernels.values())[1:]:
+                offset = offset @ pointwise.reshape(-1, pointwise.shape[-1])
+            scale = scale[:, None]
+        else:
+            scale, shift = (_for_each_filter(x, kernel.shape) for x in (scale, shift))
+            offset = (kernel * shift).reshape(-1, kernel.shape[-1]).sum(axis=0)
+        self._kernels[name] = kernel * scale
+        self._bias = self._bias + offset
+
+    def rescale_output(self, scale: np.ndarray, shift: np.ndarray):
+        """Makes the layer compute ``scale * y + shift`` where it computed ``y``; vectors over output channels."""
+        name, kernel = list(self._kernels.items())[-1]
+        per_filter = scale.reshape(kernel.shape[-2:]) if kernel.shape[-1] != len(scale) else scale
+        self._kernels[name] = kernel * per_filter
+        self._bias = scale * self._bias + shift
+
+    def assign(self, layer: keras.layers.Layer):
+        """Writes them to `layer`, of the same kind, which must have a bias."""
+        for name, kernel in self._kernels.items():
+            getattr(layer, name).assign(kernel)
+        layer.bias.assign(self._bias)
+
+
+def why_weights_are_fixed(layer: keras.layers.Layer) -> str | None:
+    """Why the weights of a linear layer cannot be changed; None if they can."""
+    # Quantized layers, and those with low-rank adapters, whose kernels are not what is stored.
+    if any(not keras.backend.is_float_dtype(weight.dtype) for weight in layer.weights) or getattr(
+        layer, "lora_enabled", False
+    ):
+        return f"{type(layer).__name__} whose kernel is quantized or adapted"
+    return None
+
+
+def _kernel_names(layer):
+    return ("depthwise_kernel", "pointwise_kernel") if isinstance(layer, SEPARABLE) else ("kernel",)
+
+
+def _float64(weight):
+    return ops.convert_to_numpy(weight).astype("float64")
+
+
+def _for_each_filter(vector, kernel_shape):
+    """`vector`, with an entry for each channel, as `(channels / groups, filters)`."""
+    channels, filters = kernel_shape[-2:]
+    groups = len(vector) // channels
+    return np.repeat(vector.reshape(groups, channels), filters // groups, axis=0).T
