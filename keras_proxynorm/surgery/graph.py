@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 import keras
 
-__all__ = ["Call", "Graph", "Tensor", "cannot_clone", "is_functional", "is_sequential", "nested_model", "read_graphs"]
+__all__ = [
+    "Call",
+    "Graph",
+    "Tensor",
+    "cannot_clone",
+    "check_readable",
+    "is_functional",
+    "is_sequential",
+    "nested_model",
+    "read_graphs",
+]
 
 
 class Tensor(NamedTuple):
@@ -86,6 +96,28 @@ def nested_model(operation) -> keras.Model | None:
     if isinstance(operation, keras.layers.TimeDistributed):
         operation = operation.layer
     return operation if is_functional(operation) or is_sequential(operation) else None
+
+
+def check_readable(model):
+    """Raises a ValueError unless `model` has a graph to read: it is functional or sequential, and built."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
+    if is_sequential(model):
+        try:
+            built = model.inputs
+        except AttributeError:
+            built = False
+        if not built:
+            raise ValueError(
+                "Argument `model` must be built, so that its layers have shapes: call `model.build(input_shape)` "
+                f"first. Received: the Sequential model '{model.name}', which is not built"
+            )
+    elif not is_functional(model):
+        raise ValueError(
+            "Argument `model` must be a functional or sequential model: what a subclassed model does with its layers "
+            "is only in its code. Convert the functional models inside it one by one, or use the layers in the code. "
+            f"Received: the model '{model.name}' of the class {type(model).__name__}"
+        )
 
 
 def read_graphs(model: keras.Model) -> list[Graph]:

@@ -19,8 +19,7 @@ from keras_proxynorm.surgery.carrying import late_regularizers
 from keras_proxynorm.surgery.cloning import Cloner
 from keras_proxynorm.surgery.compensation import compensate_in
 from keras_proxynorm.surgery.compensation import find_compensations
-from keras_proxynorm.surgery.graph import is_functional
-from keras_proxynorm.surgery.graph import is_sequential
+from keras_proxynorm.surgery.graph import check_readable
 from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.planning import Decision
@@ -126,7 +125,7 @@ def replace_normalization(
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
-    _check_model(model)
+    check_readable(model)
     groups = _positive("groups", groups)
     min_channels_per_group = _positive("min_channels_per_group", min_channels_per_group)
     if weights not in ("copy", "fresh"):
@@ -180,27 +179,6 @@ def replace_normalization(
         warnings=tuple(notes),
     )
     return (new_model, report) if return_report else new_model
-
-
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
-    if is_sequential(model):
-        try:
-            built = model.inputs
-        except AttributeError:
-            built = False
-        if not built:
-            raise ValueError(
-                "Argument `model` must be built, so that its layers have shapes: call `model.build(input_shape)` "
-                f"first. Received: the Sequential model '{model.name}', which is not built"
-            )
-    elif not is_functional(model):
-        raise ValueError(
-            "Argument `model` must be a functional or sequential model: what a subclassed model does with its layers "
-            "is only in its code. Convert the functional models inside it one by one, or use the layers in the code. "
-            f"Received: the model '{model.name}' of the class {type(model).__name__}"
-        )
 
 
 def _positive(name, value):

@@ -1,0 +1,118 @@
+"""The inference form of a normalization with its activation: what `fold` puts in the place of one."""
+
+import keras
+from keras import ops
+
+from keras_proxynorm.export.inference_step import Constants
+from keras_proxynorm.export.inference_step import normalize_and_activate
+from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.moments import resolve_activation
+
+__all__ = ["FoldedNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class FoldedNormalization(keras.layers.Layer):
+    """``output_scale * activation(scale * y + offset) + output_offset`` of the normalized input ``y``, all constants.
+
+    Made by `fold`, which sets its weights; they are not trainable. The layer is the inference form of
+    `GroupNormProxy`, `LayerNormProxy` and `keras.layers.GroupNormalization`, and with ``groups=None``, where ``y`` is
+    the input itself, of `ProxyActivation` and `keras.layers.BatchNormalization`.
+
+    Args:
+        groups: Number of groups of channels that share their statistics, or None for no normalization.
+        axis: Integer, the channel axis.
+        epsilon: Float, added to the variance of the input.
+        activation: The activation, as in `GroupNormProxy`.
+        output_scale: Whether there is an `output_scale` different from 1.
+        output_offset: Whether there is an `output_offset` different from 0.
+        reads_mask: Whether masked positions stay out of the statistics.
+
+    Input shape: a float tensor of rank 2 or more. Output shape: the same.
+
+    Raises:
+        ValueError: If the activation is not an elementwise function.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> from keras_proxynorm.export import fold
+    >>> model = keras.Sequential([keras.Input((8, 8, 4)), keras_proxynorm.GroupNormProxy(2, name="norm")])
+    >>> fold(model).get_layer("norm")
+    <FoldedNormalization name=norm, built=True>
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    """
+
+    def __init__(
+        self,
+        groups: int | None,
+        axis: int = -1,
+        epsilon: float = 1e-3,
+        activation=None,
+        output_scale: bool = False,
+        output_offset: bool = False,
+        reads_mask: bool = True,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        # Statistics are float32 whatever the policy, so the input must not be cast to float16 on the way in.
+        self.autocast = False
+        self.groups = groups
+        self.axis = axis
+        self.epsilon = epsilon
+        self.activation = keras.activations.get(activation)
+        self._elementwise = resolve_activation(activation)
+        self.has_output_scale = output_scale
+        self.has_output_offset = output_offset
+        self.reads_mask = reads_mask
+
+    def build(self, input_shape):
+        channels = input_shape[self.axis]
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={self.axis % len(input_shape): channels})
+
+        def add(name, initializer):
+            return self.add_weight(
+                shape=(channels,), name=name, initializer=initializer, trainable=False, autocast=False
+            )
+
+        self.scale = add("scale", "ones")
+        self.offset = add("offset", "zeros")
+        self.output_scale = add("output_scale", "ones") if self.has_output_scale else None
+        self.output_offset = add("output_offset", "zeros") if self.has_output_offset else None
+
+    def call(self, inputs, mask=None):
+        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
+        weights = (self.scale, self.offset, self.output_scale, self.output_offset)
+        constants = Constants(*(None if weight is None else ops.cast(weight, dtype) for weight in weights))
+        outputs = normalize_and_activate(
+            ops.cast(inputs, dtype),
+            constants,
+            self._elementwise.function,
+            self.groups,
+            self.axis % len(inputs.shape),
+            self.epsilon,
+            mask if self.reads_mask else None,
+        )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(self, inputs, mask=None):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "groups": self.groups,
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "activation": keras.activations.serialize(self.activation),
+            "output_scale": self.has_output_scale,
+            "output_offset": self.has_output_offset,
+            "reads_mask": self.reads_mask,
+        }

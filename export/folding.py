@@ -1,0 +1,165 @@
+"""The inference form of a model: its normalizations folded into constants, and those into the layers around them."""
+
+import collections
+import warnings
+from dataclasses import dataclass
+
+import keras
+
+from keras_proxynorm.export.fold_plan import FoldPlan
+from keras_proxynorm.export.fold_plan import make_fold_plan
+from keras_proxynorm.export.folded_layers import FoldedNormalization
+from keras_proxynorm.surgery.carrying import carry_own_weights
+from keras_proxynorm.surgery.carrying import carry_state
+from keras_proxynorm.surgery.carrying import dtype_of
+from keras_proxynorm.surgery.cloning import ModelCloner
+from keras_proxynorm.surgery.graph import check_readable
+from keras_proxynorm.surgery.graph import nested_model
+from keras_proxynorm.surgery.graph import read_graphs
+from keras_proxynorm.surgery.linear_weights import LinearWeights
+
+__all__ = ["FoldReport", "fold"]
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold` did.
+
+    Attributes:
+        folded: What became of each normalization, by its path.
+        absorbed: For each linear layer that took something in from normalizations in front of it, by its path: from
+            which.
+    """
+
+    folded: dict[str, str]
+    absorbed: dict[str, tuple[str, ...]]
+
+    def __str__(self):
+        lines = [f"{len(self.folded)} normalizations folded"]
+        lines += [f"{count:5} {kind}" for kind, count in collections.Counter(self.folded.values()).most_common()]
+        return "\n".join(lines)
+
+
+def fold(model: keras.Model, *, return_report: bool = False):
+    """Makes the inference form of a model: the same function, with all that depends on weights alone computed once.
+
+    - The mean and variance of each proxy become constants, computed in float64 and rounded once. Scale, offset and
+      proxy normalization of a layer merge; what remains behind the activation, a scale and a shift of each channel,
+      goes into the weights of the dense, convolution, depthwise and separable layers that read the output, where that
+      is exact: also through pooling, cropping, padding, reshapes, concatenation and products, but no shift into what
+      reads zeros of a padding in its place.
+    - A `BatchNormalization` goes into the linear layer in front of it, or else into those behind it, or else becomes a
+      scale and an offset.
+    - A `GroupNormalization` keeps its statistics, with scale and offset as constants.
+
+    Normalizations become `FoldedNormalization` layers or, where nothing is left to do, `keras.layers.Identity`. All
+    layers keep their names. The source model is not changed. Normalizations inside of other layers, where the graph of
+    the model does not lead, stay what they are.
+
+    Args:
+        model: A functional or sequential model that is built. Models nested in it are folded, too.
+        return_report: If True, return a report, too.
+
+    Returns:
+        The folded model, an ordinary Keras model that can be called and saved, with all weights frozen and equal to
+        `model` up to rounding. To load it elsewhere, ``import keras_proxynorm.export`` first. With
+        ``return_report=True`` also a `FoldReport`, which can be printed.
+
+    Raises:
+        ValueError: If the model is not built, if it is neither functional nor sequential, or if a layer cannot be
+            cloned, which the message names.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> from keras_proxynorm.export import fold
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> model.add(keras.layers.Dense(10, name="logits"))
+    >>> folded, report = fold(model, return_report=True)
+    >>> report.absorbed
+    {'logits': ('norm',)}
+    >>> x = keras.random.normal((1, 8, 8, 3))
+    >>> bool(keras.ops.max(keras.ops.abs(folded(x) - model(x))) < 1e-5)
+    True
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    """
+    check_readable(model)
+    graphs = read_graphs(model)
+    plan = make_fold_plan(graphs)
+    cloner = _FoldingCloner(graphs, plan)
+    folded = cloner.clone(model)
+    for note in cloner.notes:
+        warnings.warn(note, stacklevel=2)
+    _carry(plan, cloner)
+    for graph in graphs:
+        if not carry_own_weights(graph.model, cloner.clone(graph.model), graph.functional):
+            raise ValueError(
+                f"Argument `model` must have its weights in layers of its graph. Received: '{graph.model.name}', which "
+                "has others, outside of its graph"
+            )
+    folded.trainable = False
+    if not return_report:
+        return folded
+    report = FoldReport(
+        folded={folding.path: folding.describe() for folding in plan.foldings.values()},
+        absorbed={absorption.path: absorption.rescaling.sources for absorption in plan.absorptions},
+    )
+    return folded, report
+
+
+class _FoldingCloner(ModelCloner):
+    def __init__(self, graphs, plan: FoldPlan):
+        super().__init__(graphs)
+        self._plan = plan
+
+    def _clone_single(self, operation):
+        folding = self._plan.foldings.get(id(operation))
+        if folding is not None and folding.vanishes:
+            return keras.layers.Identity(name=operation.name, dtype=dtype_of(operation))
+        if folding is not None:
+            return FoldedNormalization(
+                groups=folding.groups,
+                axis=folding.axis,
+                epsilon=folding.epsilon,
+                activation=folding.activation,
+                output_scale="output_scale" in folding.remaining,
+                output_offset="output_offset" in folding.remaining,
+                reads_mask=folding.reads_mask,
+                name=operation.name,
+                dtype=dtype_of(operation),
+            )
+        if id(operation) in self._plan.changed and not operation.use_bias:
+            bias = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
+            return super()._clone_single(operation, **bias)
+        return super()._clone_single(operation)
+
+    def _call(self, clone, *args, **kwargs):
+        source = self._sources[id(clone)]
+        if id(source) in self._plan.foldings:
+            return self._call_replacement(source, clone, *args, **kwargs)
+        return clone(*args, **kwargs)
+
+
+def _carry(plan: FoldPlan, cloner: ModelCloner):
+    """Sets the weights of all layers of the folded model."""
+    in_front = {id(folding.linear): folding for folding in plan.foldings.values() if folding.linear is not None}
+    for source, clone in cloner.clones.values():
+        if id(source) in plan.foldings:
+            if isinstance(clone, FoldedNormalization):
+                for name, vector in plan.foldings[id(source)].remaining.items():
+                    getattr(clone, name).assign(vector)
+        elif id(source) in plan.changed:
+            weights = LinearWeights(source)
+            for absorption in plan.absorptions:
+                if absorption.layer is source:
+                    weights.take_in(*absorption.rescaling.values())
+            if id(source) in in_front:
+                weights.rescale_output(in_front[id(source)].scale, in_front[id(source)].offset)
+            weights.assign(clone)
+        elif isinstance(source, keras.layers.Layer) and nested_model(source) is None:
+            carry_state(source, clone)

@@ -1,0 +1,173 @@
+"""The computation of a folded normalization, in the form that is fastest where an exported graph will run."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.kernels import channels
+
+__all__ = ["Constants", "normalize_and_activate", "traced_for"]
+
+_runtime = "keras"
+
+
+class Constants(NamedTuple):
+    """What a folded normalization multiplies with and adds: tensors of shape ``(channels,)``, or None for 1 and 0."""
+
+    scale: object
+    offset: object
+    output_scale: object = None
+    output_offset: object = None
+
+
+@contextlib.contextmanager
+def traced_for(runtime: str) -> Iterator[None]:
+    """Makes what is traced in the block take the form for a runtime: ``"keras"``, ``"tensorflow"`` or ``"onnx"``."""
+    global _runtime
+    previous, _runtime = _runtime, runtime
+    try:
+        yield
+    finally:
+        _runtime = previous
+
+
+def normalize_and_activate(
+    x, constants: Constants, activation: Callable, groups: int | None, axis: int, epsilon: float, mask=None
+):
+    """``output_scale * activation(scale * y + offset) + output_offset`` of the normalized input ``y``.
+
+    Args:
+        x: Float tensor of rank 2 or more; axis 0 is the batch.
+        constants: The factors and summands.
+        activation: Maps a tensor to a tensor, each element alone.
+        groups: Number of groups of channels that share their statistics, or None if `x` is ``y``.
+        axis: Index of the channel axis, positive.
+        epsilon: Float, added to the variance of the input.
+        mask: Optional boolean tensor of the shape of `x` or of its leading axes; positions where it is False do not
+            enter the statistics.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+    """
+    form = "keras" if mask is not None else _runtime
+    return _FORMS[form](x, constants, activation, groups, axis, epsilon, mask)
+
+
+def _for_keras(x, constants, activation, groups, axis, epsilon, mask):
+    scale, offset, output_scale, output_offset = (channels.broadcast(constant, x, axis) for constant in constants)
+    if groups is None:
+        y = x * scale + offset
+    else:
+        y = kernels.normalize(x, *kernels.group_moments(x, groups, axis, mask), scale, offset, epsilon)
+    y = activation(y)
+    if output_scale is not None:
+        y = y * output_scale
+    return y if output_offset is None else y + output_offset
+
+
+def _for_tensorflow(x, constants, activation, groups, axis, epsilon, mask):
+    # TensorFlow on a CPU runs average pooling, and a depthwise convolution with an offset and relu, many times faster
+    # than reductions and products of its own. The kernel of a convolution is that of one sample.
+    batch_size, *sizes = x.shape
+    if len(x.shape) != 4 or axis != 3 or None in sizes or (groups is not None and batch_size != 1):
+        return _for_keras(x, constants, activation, groups, axis, epsilon, mask)
+    scale, offset = constants.scale, constants.offset
+    if groups is not None:
+        scale, offset = _scale_and_offset(x, scale, offset, groups, epsilon)
+    y = activation(_pointwise(x, scale, offset))
+    if constants.output_scale is not None:
+        return _pointwise(y, constants.output_scale, constants.output_offset)
+    return y if constants.output_offset is None else y + constants.output_offset
+
+
+def _scale_and_offset(x, scale, offset, groups, epsilon):
+    """The scale and the offset of each channel that normalize one image and apply `scale` and `offset`."""
+    # About the mean of a row: the mean of any part of an image is within sqrt(parts) standard deviations of its mean.
+    row = x.shape[1] // 2
+    pivot = _position_means(x[:, row : row + 1])
+    centered = x - pivot
+    distance, square = _position_means(centered), _position_means(ops.square(centered))
+    mean = ops.reshape(pivot + distance, (groups, -1))
+    variance = ops.reshape(square - ops.square(distance), (groups, -1))
+    group_mean = ops.mean(mean, axis=1, keepdims=True)
+    group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=1, keepdims=True)
+    factor = ops.reshape(scale, (groups, -1)) * ops.rsqrt(group_variance + epsilon)
+    return ops.reshape(factor, (-1,)), offset - ops.reshape(group_mean * factor, (-1,))
+
+
+def _position_means(x):
+    # Row by row, because long sums lose digits.
+    for size in ((1, x.shape[2]), (x.shape[1], 1)):
+        if math.prod(size) > 1:
+            x = ops.average_pool(x, size, size, data_format="channels_last")
+    return x
+
+
+def _pointwise(x, scale, offset, data_format="NHWC"):
+    """``scale * x + offset`` for each channel of images, as a depthwise convolution."""
+    import tensorflow as tf
+
+    count = x.shape[3 if data_format == "NHWC" else 1]
+    scale = tf.ones(count, x.dtype) if scale is None else scale
+    y = tf.nn.depthwise_conv2d(x, tf.reshape(scale, (1, 1, count, 1)), [1] * 4, "VALID", data_format=data_format)
+    return y if offset is None else tf.nn.bias_add(y, offset, data_format=data_format)
+
+
+def _for_onnx(x, constants, activation, groups, axis, epsilon, mask):
+    # Kernels that ONNX Runtime and OpenVINO have: InstanceNormalization, and depthwise convolutions for scales and
+    # offsets, which do not leave the layout of the convolutions around them, as products and sums would.
+    import tensorflow as tf
+
+    rank = len(x.shape)
+    to_first = [0, axis, *(i for i in range(1, rank) if i != axis)]
+    to_own = [to_first.index(i) for i in range(rank)]
+    x = tf.transpose(x, to_first)
+    scale, offset, output_scale, output_offset = constants
+    if groups == x.shape[1] and rank > 2:
+        x = _instance_normalization(x, groups, scale, offset, epsilon)
+    else:
+        if groups is not None:
+            x = _instance_normalization(x, groups, tf.ones(groups, x.dtype), tf.zeros(groups, x.dtype), epsilon)
+        x = _affine(x, scale, offset)
+    y = activation(x)
+    if output_scale is not None or output_offset is not None:
+        y = _affine(y, output_scale, output_offset)
+    return tf.transpose(y, to_own)
+
+
+def _instance_normalization(x, groups, scale, offset, epsilon):
+    """The op InstanceNormalization of ONNX, of `x` with the channels first."""
+    import tensorflow as tf
+
+    # TensorFlow has no such op. This one has its arguments; the converter translates it, and it never runs.
+    shape = [-1 if size is None else size for size in x.shape]
+    dynamic = tf.shape(x) if shape.count(-1) > 1 else shape
+    flat = tf.reshape(x, tf.stack([dynamic[0], groups, -1, 1]) if shape.count(-1) > 1 else (shape[0], groups, -1, 1))
+    normalized = tf.raw_ops.FusedBatchNormV3(
+        x=flat,
+        scale=scale,
+        offset=offset,
+        mean=tf.constant([], x.dtype),
+        variance=tf.constant([], x.dtype),
+        epsilon=epsilon,
+        data_format="NCHW",
+        is_training=True,
+    )
+    return tf.reshape(normalized.y, dynamic)
+
+
+def _affine(x, scale, offset):
+    if len(x.shape) == 4:
+        return _pointwise(x, scale, offset, "NCHW")
+    scale, offset = (channels.broadcast(constant, x, 1) for constant in (scale, offset))
+    if scale is not None:
+        x = x * scale
+    return x if offset is None else x + offset
+
+
+_FORMS = {"keras": _for_keras, "tensorflow": _for_tensorflow, "onnx": _for_onnx}
