@@ -5,5 +5,19 @@ from keras_proxynorm.export.folding import FoldReport
 from keras_proxynorm.export.folding import fold
 from keras_proxynorm.export.onnx import export_onnx
 from keras_proxynorm.export.saved_model import export_saved_model
+from keras_proxynorm.export.verification import Verification
+from keras_proxynorm.export.verification import VerificationError
+from keras_proxynorm.export.verification import verify
+from keras_proxynorm.export.warm_up import write_warm_up_requests
 
-__all__ = ["FoldReport", "FoldedNormalization", "export_onnx", "export_saved_model", "fold"]
+__all__ = [
+    "FoldReport",
+    "FoldedNormalization",
+    "Verification",
+    "VerificationError",
+    "export_onnx",
+    "export_saved_model",
+    "fold",
+    "verify",
+    "write_warm_up_requests",
+]

@@ -31,6 +31,8 @@ SHIFTED, SCALED, KEPT = "scale and shift", "scale", "nothing"
 class Folding:
     """What becomes of one normalization.
 
+    A layer without activation has its scale and offset at the output.
+
     Attributes:
         layer: The layer.
         path: Its name, behind the names of the models that it is nested in.
@@ -62,27 +64,29 @@ class Folding:
     moved: str = KEPT
 
     @property
-    def is_line(self) -> bool:
-        """Whether the layer multiplies and adds, and that is all."""
-        return self.groups is None and resolve_activation(self.activation).is_identity
+    def is_linear(self) -> bool:
+        """Whether there is no activation, so that all it multiplies with and adds is at its output."""
+        return resolve_activation(self.activation).is_identity
 
     @property
     def vanishes(self) -> bool:
-        return self.linear is not None or (self.is_line and self.moved == SHIFTED)
+        return self.linear is not None or (self.groups is None and not self.constants)
 
     @property
-    def remaining(self) -> dict[str, np.ndarray]:
-        """The vectors that stay in the layer; those that change nothing are left out of the last two."""
-        vectors = {"scale": self.scale, "offset": self.offset}
-        if self.is_line:
-            return {"scale": self.output_scale, "offset": self.output_offset}
-        if self.moved == KEPT and np.any(self.output_scale != 1):
-            vectors["output_scale"] = self.output_scale
+    def constants(self) -> dict[str, np.ndarray]:
+        """The vectors that stay in the layer, without those that change nothing."""
+        output_scale, output_offset = self.output_scale, self.output_offset
         if self.moved == SCALED:
-            vectors["output_offset"] = self.output_offset / self.output_scale
-        elif self.moved == KEPT and np.any(self.output_offset != 0):
-            vectors["output_offset"] = self.output_offset
-        return vectors
+            output_offset = output_offset / output_scale
+        vectors = {
+            "scale": self.scale,
+            "offset": self.offset,
+            "output_scale": output_scale if self.moved == KEPT else np.ones_like(output_scale),
+            "output_offset": np.zeros_like(output_offset) if self.moved == SHIFTED else output_offset,
+        }
+        if self.is_linear:
+            vectors = {"scale": vectors["output_scale"], "offset": vectors["output_offset"]}
+        return {name: vector for name, vector in vectors.items() if np.any(vector != name.endswith("scale"))}
 
     def describe(self) -> str:
         """What became of it, in a few words."""
@@ -129,7 +133,7 @@ def make_fold_plan(graphs: list[Graph]) -> FoldPlan:
             return plan
         for path in lost:
             folding = foldings[path]
-            can_scale = folding.moved == SHIFTED and not folding.is_line and np.any(folding.output_scale != 1)
+            can_scale = folding.moved == SHIFTED and not folding.is_linear and np.any(folding.output_scale != 1)
             foldings[path] = dataclasses.replace(folding, moved=SCALED if can_scale else KEPT)
 
 
@@ -172,26 +176,21 @@ def _is_foldable(operation):
 
 
 def _folding(layer, path):
-    activation = None
+    activation, groups, epsilon = None, getattr(layer, "groups", None), getattr(layer, "epsilon", 0.0)
     if isinstance(layer, keras.layers.BatchNormalization):
-        groups, epsilon = None, 0.0
         scale, offset = _affine(layer, layer.moving_mean.shape[0])
-        output_scale = scale / np.sqrt(_float64(layer.moving_variance) + layer.epsilon)
+        output_scale = scale / np.sqrt(_float64(layer.moving_variance) + epsilon)
         output_offset = offset - _float64(layer.moving_mean) * output_scale
-        scale, offset = np.ones_like(scale), np.zeros_like(offset)
+        scale, offset, epsilon = np.ones_like(scale), np.zeros_like(offset), 0.0
     elif isinstance(layer, keras.layers.GroupNormalization):
-        count = layer.input_spec.axes[channel_axis(layer)]
-        groups, epsilon = layer.groups, layer.epsilon
-        scale, offset = _affine(layer, count)
-        output_scale, output_offset = np.ones_like(scale), np.zeros_like(offset)
+        output_scale, output_offset = _affine(layer, layer.input_spec.axes[channel_axis(layer)])
+        scale, offset = np.ones_like(output_scale), np.zeros_like(output_offset)
     else:
-        scale, offset, output_scale, output_offset = layer.inference_constants()
-        groups, epsilon = getattr(layer, "groups", None), getattr(layer, "epsilon", 0.0)
         activation = layer.activation
+        scale, offset, output_scale, output_offset = layer.inference_constants()
         elementwise = resolve_activation(activation)
-        if groups is None and elementwise.is_identity:
-            output_scale, output_offset = scale, offset
-            scale, offset = np.ones_like(scale), np.zeros_like(offset)
+        if elementwise.is_identity:
+            scale, offset, output_scale, output_offset = output_scale, output_offset, scale, offset
         elif elementwise.is_homogeneous:
             scale, offset, output_scale = scale * output_scale, offset * output_scale, np.ones_like(scale)
     return Folding(

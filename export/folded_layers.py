@@ -1,5 +1,7 @@
 """The inference form of a normalization with its activation: what `fold` puts in the place of one."""
 
+from collections.abc import Sequence
+
 import keras
 from keras import ops
 
@@ -24,14 +26,14 @@ class FoldedNormalization(keras.layers.Layer):
         axis: Integer, the channel axis.
         epsilon: Float, added to the variance of the input.
         activation: The activation, as in `GroupNormProxy`.
-        output_scale: Whether there is an `output_scale` different from 1.
-        output_offset: Whether there is an `output_offset` different from 0.
+        constants: Which of ``"scale"``, ``"offset"``, ``"output_scale"`` and ``"output_offset"`` there are; the others
+            change nothing, and are None. Defaults to all.
         reads_mask: Whether masked positions stay out of the statistics.
 
     Input shape: a float tensor of rank 2 or more. Output shape: the same.
 
     Raises:
-        ValueError: If the activation is not an elementwise function.
+        ValueError: If `constants` are not names of these four, or if the activation is not an elementwise function.
 
     Example:
 
@@ -52,8 +54,7 @@ class FoldedNormalization(keras.layers.Layer):
         axis: int = -1,
         epsilon: float = 1e-3,
         activation=None,
-        output_scale: bool = False,
-        output_offset: bool = False,
+        constants: Sequence[str] = Constants._fields,
         reads_mask: bool = True,
         **kwargs,
     ):
@@ -66,28 +67,28 @@ class FoldedNormalization(keras.layers.Layer):
         self.epsilon = epsilon
         self.activation = keras.activations.get(activation)
         self._elementwise = resolve_activation(activation)
-        self.has_output_scale = output_scale
-        self.has_output_offset = output_offset
+        if not set(constants) <= set(Constants._fields):
+            raise ValueError(
+                f"Argument `constants` must have names from {Constants._fields}. Received: constants={constants!r}"
+            )
+        self.constants = [name for name in Constants._fields if name in constants]
         self.reads_mask = reads_mask
+        self.scale = self.offset = self.output_scale = self.output_offset = None
 
     def build(self, input_shape):
         channels = input_shape[self.axis]
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={self.axis % len(input_shape): channels})
 
-        def add(name, initializer):
-            return self.add_weight(
+        for name in self.constants:
+            initializer = "ones" if name.endswith("scale") else "zeros"
+            weight = self.add_weight(
                 shape=(channels,), name=name, initializer=initializer, trainable=False, autocast=False
             )
-
-        self.scale = add("scale", "ones")
-        self.offset = add("offset", "zeros")
-        self.output_scale = add("output_scale", "ones") if self.has_output_scale else None
-        self.output_offset = add("output_offset", "zeros") if self.has_output_offset else None
+            setattr(self, name, weight)
 
     def call(self, inputs, mask=None):
         dtype = computation_dtype(inputs.dtype, self.variable_dtype)
-        weights = (self.scale, self.offset, self.output_scale, self.output_offset)
-        constants = Constants(*(None if weight is None else ops.cast(weight, dtype) for weight in weights))
+        constants = Constants(**{name: ops.cast(getattr(self, name), dtype) for name in self.constants})
         outputs = normalize_and_activate(
             ops.cast(inputs, dtype),
             constants,
@@ -112,7 +113,6 @@ class FoldedNormalization(keras.layers.Layer):
             "axis": self.axis,
             "epsilon": self.epsilon,
             "activation": keras.activations.serialize(self.activation),
-            "output_scale": self.has_output_scale,
-            "output_offset": self.has_output_offset,
+            "constants": list(self.constants),
             "reads_mask": self.reads_mask,
         }

@@ -18,7 +18,7 @@ from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.linear_weights import LinearWeights
 
-__all__ = ["FoldReport", "fold"]
+__all__ = ["FoldReport", "fold", "fold_if_possible"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,20 @@ def fold(model: keras.Model, *, return_report: bool = False):
     return folded, report
 
 
+def fold_if_possible(model: keras.Model) -> tuple[keras.Model, str]:
+    """The folded model and what was folded, in words; for a model that cannot be folded itself, with a warning."""
+    try:
+        folded, report = fold(model, return_report=True)
+    except ValueError as error:
+        warnings.warn(
+            f"The model '{model.name}' is exported without folding, as with fold=False, because it cannot be folded: "
+            f"{error}",
+            stacklevel=3,
+        )
+        return model, "nothing"
+    return folded, str(report)
+
+
 class _FoldingCloner(ModelCloner):
     def __init__(self, graphs, plan: FoldPlan):
         super().__init__(graphs)
@@ -127,8 +141,7 @@ class _FoldingCloner(ModelCloner):
                 axis=folding.axis,
                 epsilon=folding.epsilon,
                 activation=folding.activation,
-                output_scale="output_scale" in folding.remaining,
-                output_offset="output_offset" in folding.remaining,
+                constants=list(folding.constants),
                 reads_mask=folding.reads_mask,
                 name=operation.name,
                 dtype=dtype_of(operation),
@@ -151,7 +164,7 @@ def _carry(plan: FoldPlan, cloner: ModelCloner):
     for source, clone in cloner.clones.values():
         if id(source) in plan.foldings:
             if isinstance(clone, FoldedNormalization):
-                for name, vector in plan.foldings[id(source)].remaining.items():
+                for name, vector in plan.foldings[id(source)].constants.items():
                     getattr(clone, name).assign(vector)
         elif id(source) in plan.changed:
             weights = LinearWeights(source)

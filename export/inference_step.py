@@ -19,8 +19,8 @@ _runtime = "keras"
 class Constants(NamedTuple):
     """What a folded normalization multiplies with and adds: tensors of shape ``(channels,)``, or None for 1 and 0."""
 
-    scale: object
-    offset: object
+    scale: object = None
+    offset: object = None
     output_scale: object = None
     output_offset: object = None
 
@@ -61,13 +61,17 @@ def normalize_and_activate(
 def _for_keras(x, constants, activation, groups, axis, epsilon, mask):
     scale, offset, output_scale, output_offset = (channels.broadcast(constant, x, axis) for constant in constants)
     if groups is None:
-        y = x * scale + offset
+        y = _affine(x, scale, offset)
     else:
         y = kernels.normalize(x, *kernels.group_moments(x, groups, axis, mask), scale, offset, epsilon)
-    y = activation(y)
-    if output_scale is not None:
-        y = y * output_scale
-    return y if output_offset is None else y + output_offset
+    return _affine(activation(y), output_scale, output_offset)
+
+
+def _affine(x, scale, offset):
+    """``scale * x + offset`` for tensors that broadcast, or None."""
+    if scale is not None:
+        x = x * scale
+    return x if offset is None else x + offset
 
 
 def _for_tensorflow(x, constants, activation, groups, axis, epsilon, mask):
@@ -80,9 +84,9 @@ def _for_tensorflow(x, constants, activation, groups, axis, epsilon, mask):
     if groups is not None:
         scale, offset = _scale_and_offset(x, scale, offset, groups, epsilon)
     y = activation(_pointwise(x, scale, offset))
-    if constants.output_scale is not None:
-        return _pointwise(y, constants.output_scale, constants.output_offset)
-    return y if constants.output_offset is None else y + constants.output_offset
+    if constants.output_scale is None:
+        return _affine(y, None, constants.output_offset)
+    return _pointwise(y, constants.output_scale, constants.output_offset)
 
 
 def _scale_and_offset(x, scale, offset, groups, epsilon):
@@ -96,8 +100,10 @@ def _scale_and_offset(x, scale, offset, groups, epsilon):
     variance = ops.reshape(square - ops.square(distance), (groups, -1))
     group_mean = ops.mean(mean, axis=1, keepdims=True)
     group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=1, keepdims=True)
+    scale = ops.ones(x.shape[3], x.dtype) if scale is None else scale
     factor = ops.reshape(scale, (groups, -1)) * ops.rsqrt(group_variance + epsilon)
-    return ops.reshape(factor, (-1,)), offset - ops.reshape(group_mean * factor, (-1,))
+    shift = ops.reshape(-group_mean * factor, (-1,))
+    return ops.reshape(factor, (-1,)), (shift if offset is None else offset + shift)
 
 
 def _position_means(x):
@@ -112,6 +118,8 @@ def _pointwise(x, scale, offset, data_format="NHWC"):
     """``scale * x + offset`` for each channel of images, as a depthwise convolution."""
     import tensorflow as tf
 
+    if scale is None and offset is None:
+        return x
     count = x.shape[3 if data_format == "NHWC" else 1]
     scale = tf.ones(count, x.dtype) if scale is None else scale
     y = tf.nn.depthwise_conv2d(x, tf.reshape(scale, (1, 1, count, 1)), [1] * 4, "VALID", data_format=data_format)
@@ -128,15 +136,13 @@ def _for_onnx(x, constants, activation, groups, axis, epsilon, mask):
     to_own = [to_first.index(i) for i in range(rank)]
     x = tf.transpose(x, to_first)
     scale, offset, output_scale, output_offset = constants
-    if groups == x.shape[1] and rank > 2:
-        x = _instance_normalization(x, groups, scale, offset, epsilon)
+    if groups is None:
+        y = _channels_first_affine(x, scale, offset)
+    elif groups == x.shape[1] and rank > 2:
+        y = _instance_normalization(x, groups, scale, offset, epsilon)
     else:
-        if groups is not None:
-            x = _instance_normalization(x, groups, tf.ones(groups, x.dtype), tf.zeros(groups, x.dtype), epsilon)
-        x = _affine(x, scale, offset)
-    y = activation(x)
-    if output_scale is not None or output_offset is not None:
-        y = _affine(y, output_scale, output_offset)
+        y = _channels_first_affine(_instance_normalization(x, groups, None, None, epsilon), scale, offset)
+    y = _channels_first_affine(activation(y), output_scale, output_offset)
     return tf.transpose(y, to_own)
 
 
@@ -144,30 +150,31 @@ def _instance_normalization(x, groups, scale, offset, epsilon):
     """The op InstanceNormalization of ONNX, of `x` with the channels first."""
     import tensorflow as tf
 
+    batch_size, *sizes = x.shape
+    if None in sizes:
+        shape = tf.shape(x)
+        grouped = tf.stack([shape[0], groups, -1, 1])
+    else:
+        shape = (-1 if batch_size is None else batch_size, *sizes)
+        grouped = (shape[0], groups, math.prod(sizes) // groups, 1)
     # TensorFlow has no such op. This one has its arguments; the converter translates it, and it never runs.
-    shape = [-1 if size is None else size for size in x.shape]
-    dynamic = tf.shape(x) if shape.count(-1) > 1 else shape
-    flat = tf.reshape(x, tf.stack([dynamic[0], groups, -1, 1]) if shape.count(-1) > 1 else (shape[0], groups, -1, 1))
     normalized = tf.raw_ops.FusedBatchNormV3(
-        x=flat,
-        scale=scale,
-        offset=offset,
+        x=tf.reshape(x, grouped),
+        scale=tf.ones(groups, x.dtype) if scale is None else scale,
+        offset=tf.zeros(groups, x.dtype) if offset is None else offset,
         mean=tf.constant([], x.dtype),
         variance=tf.constant([], x.dtype),
         epsilon=epsilon,
         data_format="NCHW",
         is_training=True,
     )
-    return tf.reshape(normalized.y, dynamic)
+    return tf.reshape(normalized.y, shape)
 
 
-def _affine(x, scale, offset):
+def _channels_first_affine(x, scale, offset):
     if len(x.shape) == 4:
         return _pointwise(x, scale, offset, "NCHW")
-    scale, offset = (channels.broadcast(constant, x, 1) for constant in (scale, offset))
-    if scale is not None:
-        x = x * scale
-    return x if offset is None else x + offset
+    return _affine(x, channels.broadcast(scale, x, 1), channels.broadcast(offset, x, 1))
 
 
 _FORMS = {"keras": _for_keras, "tensorflow": _for_tensorflow, "onnx": _for_onnx}

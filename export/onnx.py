@@ -1,23 +1,28 @@
-"""Export to ONNX by way of tf2onnx; nothing else in the package touches the converter."""
+"""Export to ONNX, for ONNX Runtime, OpenVINO and other inference engines."""
 
-import functools
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
 
+import keras_proxynorm
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.logs import errors_of
+from keras_proxynorm.export.folding import fold as fold_model
+from keras_proxynorm.export.folding import fold_if_possible
+from keras_proxynorm.export.onnx_conversion import check_opset
+from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.serving_function import serving_function
+from keras_proxynorm.export.verification import verify as verify_artefact
 
 __all__ = ["export_onnx"]
 
-# Read by every ONNX Runtime since 1.12; the converter's own default is older.
-_DEFAULT_OPSET = 17
-_LOWEST_OPSET = 13
+# Bytes. A file may have 2 GB; the weights of larger models go into a file beside it.
+_LARGEST_FILE = 1.5e9
 
 
 def export_onnx(
@@ -27,14 +32,22 @@ def export_onnx(
     batch_size: int | None = 1,
     input_shape=None,
     opset: int | None = None,
+    dynamic_batch: bool = False,
+    fold: bool = True,
+    verify: bool | Callable = True,
+    float16_weights: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model as an ONNX file, for ONNX Runtime and other inference engines.
+    """Writes a model as an ONNX file, for ONNX Runtime, OpenVINO and other inference engines.
 
     The file has the forward pass only. Its inputs have the names of the model's inputs, its outputs the keys of the
     model's output or the names of the layers that they come from, in the model's order. What depends on weights alone,
-    the moments of the proxies above all, is computed here and stored as constants. The file appears under its name only
-    when it is complete and ``onnx.checker`` has accepted it.
+    the moments of the proxies above all, is computed here and stored as constants. A normalization is an
+    InstanceNormalization and a convolution, for which these engines have fast kernels, and images are transposed at the
+    input and nowhere else. The metadata of the file say what made it and what was folded. The file appears under its
+    name only when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
+
+    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
@@ -45,6 +58,15 @@ def export_onnx(
             open, and for subclassed models, whose `call` it describes: a tuple for a tensor, a list for a list, a dict
             for a dict.
         opset: Integer, the version of the ONNX operator set. Defaults to 17.
+        dynamic_batch: If True, the file takes any batch size, as with ``batch_size=None``. Defaults to False.
+        fold: If True, export the inference form of the model, see `fold`; a model that cannot be folded is exported as
+            it is, with a warning. Defaults to True.
+        verify: If True, run the file in a fresh process, in those of ONNX Runtime and OpenVINO that are installed, and
+            compare it with the model, see `verify`. Or a function to call in its place, with the same arguments.
+            Defaults to True.
+        float16_weights: If True, round the kernels to float16 and store them so, which halves the file. Computations
+            are in float32, as fast as before, and the file is compared with a model that has the rounded kernels.
+            Needs a model that can be folded. Defaults to False.
         overwrite: If True, replace `path` if it exists. Defaults to False.
 
     Returns:
@@ -52,9 +74,10 @@ def export_onnx(
 
     Raises:
         RuntimeError: If the Keras backend is not TensorFlow.
-        ImportError: If tf2onnx or onnx is not installed.
+        ImportError: If tf2onnx or onnx is not installed, or nothing to verify with: ``pip install onnxruntime``.
         ValueError: If the model is not built, if its shapes are not known and not given, if it has an operation without
             an ONNX form, or if an argument is not of the form above.
+        VerificationError: If the file does not compute what the model computes.
         FileExistsError: If `path` exists and `overwrite` is False.
 
     Example:
@@ -76,87 +99,117 @@ def export_onnx(
     if path.is_dir():
         raise ValueError(f"Argument `path` must be a file, not a directory. Received: path={str(path)!r}")
     check_free(path, overwrite)
-    serve, signature = serving_function(model, batch_size, input_shape)
-    proto = _convert(serve, signature, opset)
+    opset = check_opset(opset)
+    if dynamic_batch:
+        if batch_size not in (None, 1):
+            raise ValueError(
+                "Argument `batch_size` must not be given with dynamic_batch=True, which means any. "
+                f"Received: batch_size={batch_size!r}"
+            )
+        batch_size = None
+    # First of all, because it checks the arguments.
+    serving_function(model, batch_size, input_shape)
+    served, folded = model, "nothing"
+    if float16_weights:
+        served, folded = _with_float16_kernels(model, fold)
+    elif fold:
+        served, folded = fold_if_possible(model)
+    proto = convert(*serving_function(served, batch_size, input_shape, "onnx"), opset)
+    if float16_weights:
+        _store_as_float16(proto)
+    _describe(proto, folded)
     with replacing(path, overwrite) as temporary:
-        temporary.write_bytes(proto.SerializeToString())
+        data = _save(proto, temporary, path.name)
+        _check(temporary, opset)
+        if verify is True:
+            # Rounding the kernels was asked for; nothing else may differ.
+            verify_artefact(served if float16_weights else model, temporary, input_shape=input_shape)
+        elif verify:
+            verify(model, temporary, input_shape=input_shape)
+        old = _data_files(path)
+        if data is not None:
+            # First, because the file refers to it. The old file refers to another.
+            data.replace(path.parent / data.name)
+    for name in old:
+        (path.parent / name).unlink(missing_ok=True)
     return path
 
 
-def _convert(serve, signature, opset):
-    import tensorflow as tf
+def _with_float16_kernels(model, fold):
+    """The folded model with kernels that float16 can hold, and what was folded."""
+    if not fold:
+        raise ValueError(
+            "Argument `float16_weights` needs fold=True, which makes a copy of the model that can be changed. "
+            "Received: float16_weights=True, fold=False"
+        )
+    folded, report = fold_model(model, return_report=True)
+    for weight in folded.weights:
+        value = keras.ops.convert_to_numpy(weight)
+        if value.ndim > 1 and value.dtype == "float32" and np.all(np.abs(value) <= np.finfo("float16").max):
+            weight.assign(value.astype("float16"))
+    return folded, str(report)
+
+
+def _store_as_float16(proto):
+    """Stores the weights that float16 can hold as float16, behind casts that an engine computes when it loads them."""
+    import onnx
+
+    casts = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        value = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = value.astype("float16")
+        if np.array_equal(half, value):
+            name = tensor.name
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}__float16"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _describe(proto, folded):
+    import onnx
+
+    proto.producer_name, proto.producer_version = "keras_proxynorm", keras_proxynorm.__version__
+    versions = {"keras_proxynorm": keras_proxynorm.__version__, "keras": keras.__version__}
+    onnx.helper.set_model_props(proto, {**versions, "folded": folded})
+
+
+def _save(proto, path, name):
+    """Writes the model; returns the path of the file beside it that has the weights of a large one, or None."""
+    import onnx
+
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < _LARGEST_FILE:
+        onnx.save_model(proto, path)
+        return None
+    # Another name each time, so that an old file beside it never reads new weights.
+    location = f"{name}-{secrets.token_hex(4)}.data"
+    onnx.save_model(proto, path, save_as_external_data=True, location=location)
+    return path.parent / location
+
+
+def _check(path, opset):
+    import onnx
 
     try:
-        import onnx
-        import tf2onnx.convert
-    except ImportError as error:
-        raise ImportError('Exporting to ONNX needs: pip install "tf2onnx>=1.17" "onnx>=1.17"') from error
-
-    highest = max(tf2onnx.constants.OPSET_TO_IR_VERSION)
-    if opset is None:
-        opset = _DEFAULT_OPSET
-    elif isinstance(opset, bool) or not isinstance(opset, int) or not _LOWEST_OPSET <= opset <= highest:
-        raise ValueError(
-            f"Argument `opset` must be an integer from {_LOWEST_OPSET} to {highest}, which tf2onnx "
-            f"{tf2onnx.__version__} can write. Received: opset={opset!r}"
-        )
-    output_names = []
-
-    def traced(*tensors):
-        outputs = serve(*tensors)
-        output_names[:] = outputs
-        return outputs
-
-    function = tf.function(traced, input_signature=signature, autograph=False)
-    with errors_of("tf2onnx") as errors:
-        function.get_concrete_function()
-        shared = {spec.name for spec in signature} & set(output_names)
-        if shared:
-            raise ValueError(
-                "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
-                f"names for both. Received: an input and an output with name={shared.pop()!r}"
-            )
-        try:
-            proto, _ = tf2onnx.convert.from_function(
-                function, signature, opset=opset, custom_op_handlers={"Erfc": (_erfc, []), "Expm1": (_expm1, [])}
-            )
-        except Exception as error:
-            raise ValueError(f"Argument `model` has no form in ONNX of opset {opset}: {error}") from error
-    # The converter only logs what it cannot convert, and goes on with a graph that no runtime can read.
-    if errors:
-        raise ValueError(
-            "Argument `model` must consist of operations that have an ONNX form. Replace the layer in question, or use "
-            "export_saved_model, which takes them all. Received from tf2onnx:\n" + "\n".join(errors)
-        )
-    # TensorFlow sorts them by name.
-    proto.graph.output.sort(key=lambda output: output_names.index(output.name))
-    try:
-        onnx.checker.check_model(proto, full_check=True)
+        # By its path, which has no limit of size.
+        onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ValueError(f"Argument `model` gives a graph that is not valid ONNX of opset {opset}: {error}") from error
-    return proto
 
 
-def _erfc(context, node, name, args):
-    """1 - Erf(x): tf2onnx has no Erfc, which Keras's exact gelu is made of."""
-    one, erf, make_output = _begin_replacement(context, node, "Erf")
-    make_output("Sub", [one, erf])
+def _data_files(path):
+    """The names of the files beside an ONNX file that have its weights."""
+    import onnx
 
-
-def _expm1(context, node, name, args):
-    """Exp(x) - 1: tf2onnx has no Expm1, which celu is made of."""
-    one, exp, make_output = _begin_replacement(context, node, "Exp")
-    make_output("Sub", [exp, one])
-
-
-def _begin_replacement(context, node, op):
-    """Removes `node` and gives the constant 1, `op` of its input, and a function that makes its output anew."""
-    from tf2onnx import utils
-
-    (x,), (output,) = node.input, node.output
-    shape, dtype = context.get_shape(output), context.get_dtype(output)
-    context.remove_node(node.name)
-    one = context.make_const(utils.make_name("one"), np.array(1, utils.map_onnx_to_numpy_type(dtype)))
-    inner = context.make_node(op, [x], shapes=[shape], dtypes=[dtype])
-    make_output = functools.partial(context.make_node, outputs=[output], shapes=[shape], dtypes=[dtype])
-    return one.output[0], inner.output[0], make_output
+    if not path.exists():
+        return set()
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception:  # something else, which is to be overwritten
+        return set()
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    return {entry.value for entry in entries if entry.value.startswith(f"{path.name}-")}

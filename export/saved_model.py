@@ -1,16 +1,25 @@
 """Export to a TensorFlow SavedModel in the layout of TensorFlow Serving."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
+import numpy as np
 
+from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
+from keras_proxynorm.export.folding import fold_if_possible
 from keras_proxynorm.export.logs import quiet
 from keras_proxynorm.export.serving_function import serving_function
+from keras_proxynorm.export.verification import verify as verify_artefact
+from keras_proxynorm.export.warm_up import write_warm_up_requests
 
 __all__ = ["export_saved_model"]
+
+# Bytes. A graph may have 2 GB, constants and all.
+_LARGEST_GRAPH = 1.5e9
 
 
 def export_saved_model(
@@ -20,6 +29,10 @@ def export_saved_model(
     batch_size: int | None = 1,
     input_shape=None,
     version: int | None = None,
+    fold: bool = True,
+    verify: bool | Callable = True,
+    warmup: bool = True,
+    xla_signature: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Writes a model as a TensorFlow SavedModel, ``directory/<version>/``, for TensorFlow Serving or TensorFlow alone.
@@ -27,7 +40,7 @@ def export_saved_model(
     The SavedModel has the forward pass only, as the signature ``serving_default``. Its inputs have the names of the
     model's inputs, its outputs the keys of the model's output or the names of the layers that they come from. It loads
     with ``tf.saved_model.load``, without Keras and without this package. It appears under its name only when it is
-    complete.
+    complete and has been compared with the model.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
@@ -39,6 +52,15 @@ def export_saved_model(
             for a dict.
         version: Positive integer, the name of the directory to write. Defaults to the one after the highest that is
             there, beginning with 1.
+        fold: If True, export the inference form of the model, see `fold`, with its weights as constants, which lets
+            TensorFlow optimize the graph; a model that cannot be folded is exported as it is, with a warning. If False,
+            export the model as it is, with variables. Defaults to True.
+        verify: If True, run the SavedModel in a fresh process and compare it with the model, see `verify`. Or a
+            function to call in its place, with the same arguments. Defaults to True.
+        warmup: If True, add a request that TensorFlow Serving runs when it loads the SavedModel, so that the first one
+            of a user is not slow. Defaults to True.
+        xla_signature: If True, add a second signature ``serving_xla`` that XLA compiles when it is first called. For
+            accelerators; on a CPU XLA is slower. It has its own copy of the constants. Defaults to False.
         overwrite: If True, replace `version` if it exists. Defaults to False.
 
     Returns:
@@ -48,6 +70,7 @@ def export_saved_model(
         RuntimeError: If the Keras backend is not TensorFlow.
         ValueError: If the model is not built, if its shapes are not known and not given, or if an argument is not of
             the form above.
+        VerificationError: If the SavedModel does not compute what the model computes.
         FileExistsError: If `version` exists and `overwrite` is False.
 
     Example:
@@ -70,14 +93,19 @@ def export_saved_model(
         raise ValueError(f"Argument `version` must be a positive integer or None. Received: version={version!r}")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"Argument `directory` must not be a file. Received: directory={str(directory)!r}")
-    serve, signature = serving_function(model, batch_size, input_shape)
     target = directory / str(_next_version(directory) if version is None else version)
+    check_free(target, overwrite)
+    # First of all, because it checks the arguments.
+    serving_function(model, batch_size, input_shape)
+    served = fold_if_possible(model)[0] if fold else model
     with replacing(target, overwrite) as temporary, quiet("absl", "tensorflow"):
-        archive = keras.export.ExportArchive()
-        archive.track(model)
-        # Named as by model.export, for keras.layers.TFSMLayer; Keras adds "serving_default" as another name.
-        archive.add_endpoint("serve", serve, signature)
-        archive.write_out(str(temporary), verbose=False)
+        _write(served, temporary, batch_size, input_shape, as_constants=fold, xla_signature=xla_signature)
+        if warmup:
+            _, signature = serving_function(served, batch_size, input_shape)
+            write_warm_up_requests(temporary, [_request(signature)])
+        if verify:
+            check = verify_artefact if verify is True else verify
+            check(model, temporary, input_shape=input_shape)
     return target
 
 
@@ -85,3 +113,78 @@ def _next_version(directory):
     if not directory.exists():
         return 1
     return 1 + max((int(child.name) for child in directory.iterdir() if child.name.isdecimal()), default=0)
+
+
+def _write(model, path, batch_size, input_shape, as_constants, xla_signature):
+    import tensorflow as tf
+
+    def function(runtime, **options):
+        serve, signature = serving_function(model, batch_size, input_shape, runtime)
+        return tf.function(serve, input_signature=signature, autograph=False, **options)
+
+    # Named as by model.export, for keras.layers.TFSMLayer.
+    functions = {"serve": function("tensorflow")}
+    if xla_signature:
+        functions["serving_xla"] = function("keras", jit_compile=True)
+    for traced in functions.values():
+        traced.get_concrete_function()
+    if as_constants and _can_be_constants(model, functions.values()):
+        functions = {name: _frozen(traced, name == "serving_xla") for name, traced in functions.items()}
+        _save_constants(functions, path)
+    else:
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        # Keras adds "serving_default" as another name of the first.
+        for name, function in functions.items():
+            archive.add_endpoint(name, function)
+        archive.write_out(str(path), verbose=False)
+
+
+def _can_be_constants(model, functions):
+    """Whether all that the functions read is in variables, and little enough for a graph."""
+    variables = {id(variable.value.handle) for variable in model.variables}
+    resources = {
+        id(tensor)
+        for function in functions
+        for tensor in function.get_concrete_function().captured_inputs
+        if tensor.dtype == "resource"
+    }
+    size = sum(int(np.prod(variable.shape)) * variable.value.dtype.size for variable in model.variables)
+    return resources <= variables and size * len(list(functions)) < _LARGEST_GRAPH
+
+
+def _frozen(function, jit_compile):
+    """A function with the same signature, with the values of its variables as constants."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    concrete = function.get_concrete_function()
+    frozen = convert_variables_to_constants_v2(concrete)
+
+    def serve(*tensors):
+        return tf.nest.pack_sequence_as(concrete.structured_outputs, frozen(*tensors))
+
+    compiled = True if jit_compile else None
+    return tf.function(serve, input_signature=function.input_signature, autograph=False, jit_compile=compiled)
+
+
+def _save_constants(functions, path):
+    import tensorflow as tf
+
+    module = tf.Module()
+    for name, function in functions.items():
+        setattr(module, name, function)
+    # Gradients by hand, such as that of silu, cannot be saved without variables.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    signatures = {"serving_default": functions["serve"], **functions}
+    tf.saved_model.save(module, str(path), signatures=signatures, options=options)
+
+
+def _request(signature):
+    """A request with the smallest sizes that the signature takes."""
+    return {
+        spec.name: np.full([size or 1 for size in spec.shape], "" if spec.dtype == "string" else 0).astype(
+            spec.dtype.as_numpy_dtype
+        )
+        for spec in signature
+    }

@@ -6,18 +6,22 @@ from collections.abc import Callable
 
 import keras
 
+from keras_proxynorm.export.inference_step import traced_for
 from keras_proxynorm.kernels import reduction
 
 __all__ = ["serving_function"]
 
 
-def serving_function(model: keras.Model, batch_size: int | None, input_shape) -> tuple[Callable, list]:
+def serving_function(
+    model: keras.Model, batch_size: int | None, input_shape, runtime: str = "keras"
+) -> tuple[Callable, list]:
     """The inference function of a model, and the signature to trace it with.
 
     Args:
         model: A built model.
         batch_size: Positive integer, or None for any batch size.
         input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples.
+        runtime: What the function is traced for, see `traced_for`.
 
     Returns:
         ``(function, signature)``: a function of one tensor for each input that returns a dict of named outputs, and a
@@ -60,7 +64,7 @@ def serving_function(model: keras.Model, batch_size: int | None, input_shape) ->
 
     def serve(*tensors):
         # What is traced here may run on another device.
-        with reduction("sum"):
+        with reduction("sum"), traced_for(runtime):
             outputs = model(keras.tree.pack_sequence_as(structure, tensors), training=False)
         return _name_outputs(model, outputs)
 

@@ -12,6 +12,8 @@ from layers.samples import normal
 from layers.samples import randomize
 
 import keras_proxynorm as kp
+from keras_proxynorm.export import onnx
+from keras_proxynorm.export import saved_model
 
 ACTIVATIONS = ("relu", "silu", "gelu", "hard_silu", "relu6", "celu", None)
 
@@ -155,6 +157,14 @@ CASES = {
         )
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def unverified(request, monkeypatch):
+    """Keeps exports from starting a process of seconds each: tests compare for themselves, and some mark `verified`."""
+    if request.node.get_closest_marker("verified") is None:
+        for module in (saved_model, onnx):
+            monkeypatch.setattr(module, "verify_artefact", lambda *arguments, **options: None)
 
 
 @pytest.fixture(params=CASES)

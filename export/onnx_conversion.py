@@ -1,0 +1,245 @@
+"""A function of TensorFlow as an ONNX model, by way of tf2onnx; nothing else in the package touches the converter."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_proxynorm.export.logs import errors_of
+from keras_proxynorm.export.onnx_layout import remove_transposes
+
+__all__ = ["check_opset", "convert"]
+
+# Read by every ONNX Runtime since 1.12; the converter's own default is older.
+_DEFAULT_OPSET = 17
+_LOWEST_OPSET = 13
+# Bytes of weights that the converter can be given in one message, which has 2 GB at most.
+_LARGEST_MESSAGE = 1.5e9
+
+
+def check_opset(opset: int | None) -> int:
+    """The version of the ONNX operator set to write.
+
+    Raises:
+        ImportError: If tf2onnx or onnx is not installed.
+        ValueError: If tf2onnx cannot write it.
+    """
+    try:
+        import onnx  # noqa: F401
+        import tf2onnx
+    except ImportError as error:
+        raise ImportError('Exporting to ONNX needs: pip install "tf2onnx>=1.17" "onnx>=1.17"') from error
+
+    highest = max(tf2onnx.constants.OPSET_TO_IR_VERSION)
+    if opset is None:
+        return _DEFAULT_OPSET
+    if isinstance(opset, bool) or not isinstance(opset, int) or not _LOWEST_OPSET <= opset <= highest:
+        raise ValueError(
+            f"Argument `opset` must be an integer from {_LOWEST_OPSET} to {highest}, which tf2onnx "
+            f"{tf2onnx.__version__} can write. Received: opset={opset!r}"
+        )
+    return opset
+
+
+def convert(serve: Callable, signature: list, opset: int):
+    """Converts a function of tensors that returns a dict of tensors.
+
+    Args:
+        serve: The function.
+        signature: List of named `tf.TensorSpec`, one for each argument.
+        opset: The version of the ONNX operator set.
+
+    Returns:
+        An `onnx.ModelProto`, with the names of the signature and of the dict, and in their order.
+
+    Raises:
+        ValueError: If an operation has no ONNX form, or if an input and an output have the same name.
+    """
+    import tensorflow as tf
+    import tf2onnx.convert
+
+    names: list[str] = []
+
+    def traced(*tensors):
+        with _functions_inlined():
+            outputs = serve(*tensors)
+        names[:] = outputs
+        return outputs
+
+    function = tf.function(traced, input_signature=signature, autograph=False)
+    with errors_of("tf2onnx") as errors, _numpy_1_names():
+        concrete = function.get_concrete_function()
+        shared = {spec.name for spec in signature} & set(names)
+        if shared:
+            raise ValueError(
+                "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
+                f"names for both. Received: an input and an output with name={shared.pop()!r}"
+            )
+        size = sum(variable.dtype.size * int(np.prod(variable.shape)) for variable in concrete.variables)
+        handlers = {"Erfc": _erfc, "Expm1": _expm1, "FusedBatchNormV3": _instance_normalization}
+        try:
+            proto, weights = tf2onnx.convert.from_function(
+                function,
+                signature,
+                opset=opset,
+                custom_op_handlers={op: (handler, []) for op, handler in handlers.items()},
+                custom_rewriter=[_find_hard_sigmoids],
+                large_model=size > _LARGEST_MESSAGE,
+            )
+        except Exception as error:
+            raise ValueError(f"Argument `model` has no form in ONNX of opset {opset}: {error}") from error
+    # The converter only logs what it cannot convert, and goes on with a graph that no runtime can read.
+    if errors:
+        raise ValueError(
+            "Argument `model` must consist of operations that have an ONNX form. Replace the layer in question, or use "
+            "export_saved_model, which takes them all. Received from tf2onnx:\n" + "\n".join(errors)
+        )
+    _captured_to_constants(proto, concrete)
+    # TensorFlow sorts them by name.
+    proto.graph.output.sort(key=lambda output: names.index(output.name))
+    if weights is not None:
+        _load(proto, weights.name_to_tensor_data)
+    remove_transposes(proto)
+    _keep_zeros_in_front_of_poolings(proto)
+    return proto
+
+
+@contextlib.contextmanager
+def _functions_inlined():
+    """Traces functions inside of a function as if they were none: Keras has some for XLA, which no converter reads."""
+    import tensorflow as tf
+
+    eagerly = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(eagerly)
+
+
+@contextlib.contextmanager
+def _numpy_1_names():
+    """Names of NumPy 1 that tf2onnx still uses for large models."""
+    missing = {name: new for name, new in {"product": np.prod}.items() if not hasattr(np, name)}
+    for name, new in missing.items():
+        setattr(np, name, new)
+    try:
+        yield
+    finally:
+        for name in missing:
+            delattr(np, name)
+
+
+def _load(proto, weights):
+    """Puts weights into a model that only refers to them."""
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == tensor.EXTERNAL:
+            (location,) = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.raw_data = weights[location]
+
+
+def _captured_to_constants(proto, concrete):
+    """Takes tensors that the function refers to, and that the converter makes inputs of, for the constants they are."""
+    import onnx
+
+    own = len(concrete.inputs) - len(concrete.captured_inputs)
+    values = {
+        tensor.name: value
+        for tensor, value in zip(concrete.inputs[own:], concrete.captured_inputs, strict=True)
+        if tensor.dtype != "resource"
+    }
+    inputs = [tensor for tensor in proto.graph.input if tensor.name not in values]
+    constants = [tensor.name for tensor in proto.graph.input if tensor.name in values]
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(values[name].numpy(), name) for name in constants)
+
+
+def _keep_zeros_in_front_of_poolings(proto):
+    """Makes the zeros that are padded in front of poolings negative.
+
+    ONNX Runtime takes a padding with zeros into the pooling behind it, which then leaves them out: wrong where all that
+    is in a window is negative. It does not where a bit of the zero is set.
+    """
+    import onnx
+
+    pooled = {node.input[0] for node in proto.graph.node if node.op_type in ("AveragePool", "MaxPool")}
+    types = {}
+    for node in proto.graph.node:
+        if node.op_type == "Pad" and node.output[0] in pooled and len(node.input) == 3:
+            zeros = {tensor.name: tensor for tensor in proto.graph.initializer}.get(node.input[2])
+            value = zeros and onnx.numpy_helper.to_array(zeros)
+            if value is not None and value == 0 and value.dtype.kind == "f":
+                name = f"{node.output[0]}__negative_zero"
+                types[name] = -value
+                node.input[2] = name
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in types.items())
+
+
+def _find_hard_sigmoids(graph, nodes):
+    """Makes HardSigmoid of ``relu6(x + 3) / 6``, as Keras computes it: one kernel, which convolutions contain."""
+    from tf2onnx.graph_matcher import GraphMatcher
+    from tf2onnx.graph_matcher import OpTypePattern
+
+    shifted = OpTypePattern("AddV2", inputs=[OpTypePattern("*", name="x"), OpTypePattern("Const", name="shift")])
+    clipped = OpTypePattern("Relu6", inputs=[shifted])
+    pattern = OpTypePattern("Mul|RealDiv", name="outputs", inputs=[clipped, OpTypePattern("Const", name="factor")])
+    for match in list(GraphMatcher(pattern, allow_reorder=True).match_ops(nodes)):
+        outputs = match.get_op("outputs")
+        shift, factor = (np.asarray(match.get_op(name).get_tensor_value()) for name in ("shift", "factor"))
+        factor = 1 / factor if outputs.type == "RealDiv" else factor
+        if np.all(shift == 3) and np.allclose(factor, 1 / 6):
+            hard_sigmoid = graph.make_node(
+                "HardSigmoid",
+                [match.get_tensor("x")],
+                attr={"alpha": 1 / 6, "beta": 0.5},
+                shapes=outputs.output_shapes,
+                dtypes=outputs.output_dtypes,
+                skip_conversion=True,
+            )
+            graph.replace_all_inputs(outputs.output[0], hard_sigmoid.output[0])
+    return graph.get_nodes()
+
+
+def _instance_normalization(context, node, name, args):
+    """InstanceNormalization: what `inference_step` means by a batch normalization of batches of one."""
+    from tf2onnx.onnx_opset.nn import BatchNorm
+
+    if not node.get_attr_value("is_training"):
+        BatchNorm.version_9(context, node)
+        return
+    inputs, output, epsilon = node.input[:3], node.output[0], node.get_attr_value("epsilon")
+    shape, dtype = context.get_shape(output), context.get_dtype(output)
+    context.remove_node(node.name)
+    attributes = {"epsilon": epsilon}
+    context.make_node(
+        "InstanceNormalization", inputs, attr=attributes, outputs=[output], shapes=[shape], dtypes=[dtype]
+    )
+
+
+def _erfc(context, node, name, args):
+    """1 - Erf(x): tf2onnx has no Erfc, which Keras's exact gelu is made of."""
+    one, erf, make_output = _begin_replacement(context, node, "Erf")
+    make_output("Sub", [one, erf])
+
+
+def _expm1(context, node, name, args):
+    """Exp(x) - 1: tf2onnx has no Expm1, which celu is made of."""
+    one, exp, make_output = _begin_replacement(context, node, "Exp")
+    make_output("Sub", [exp, one])
+
+
+def _begin_replacement(context, node, op):
+    """Removes `node` and gives the constant 1, `op` of its input, and a function that makes its output anew."""
+    from tf2onnx import utils
+
+    (x,), (output,) = node.input, node.output
+    shape, dtype = context.get_shape(output), context.get_dtype(output)
+    context.remove_node(node.name)
+    one = context.make_const(utils.make_name("one"), np.array(1, utils.map_onnx_to_numpy_type(dtype)))
+    inner = context.make_node(op, [x], shapes=[shape], dtypes=[dtype])
+    make_output = functools.partial(context.make_node, outputs=[output], shapes=[shape], dtypes=[dtype])
+    return one.output[0], inner.output[0], make_output
