@@ -13,6 +13,9 @@ from keras_proxynorm.kernels import channels
 
 __all__ = ["Constants", "normalize_and_activate", "traced_for"]
 
+# Elements of an image from which these are faster in TensorFlow on a CPU than products, sums and reductions.
+_SMALLEST_CONVOLVED, _SMALLEST_POOLED = 2**17, 2**18
+
 _runtime = "keras"
 
 
@@ -75,42 +78,52 @@ def _affine(x, scale, offset):
 
 
 def _for_tensorflow(x, constants, activation, groups, axis, epsilon, mask):
-    # TensorFlow on a CPU runs average pooling, and a depthwise convolution with an offset and relu, many times faster
-    # than reductions and products of its own. The kernel of a convolution is that of one sample.
+    # Batch size 1 and a CPU, where a depthwise convolution applies a scale, an offset and relu at once.
     batch_size, *sizes = x.shape
     if len(x.shape) != 4 or axis != 3 or None in sizes or (groups is not None and batch_size != 1):
         return _for_keras(x, constants, activation, groups, axis, epsilon, mask)
-    scale, offset = constants.scale, constants.offset
+    apply = _pointwise if math.prod(sizes) >= _SMALLEST_CONVOLVED else _affine
+    scale, offset, output_scale, output_offset = constants
     if groups is not None:
-        scale, offset = _scale_and_offset(x, scale, offset, groups, epsilon)
-    y = activation(_pointwise(x, scale, offset))
-    if constants.output_scale is None:
-        return _affine(y, None, constants.output_offset)
-    return _pointwise(y, constants.output_scale, constants.output_offset)
+        scale, offset = _normalizing_affine(x, scale, offset, groups, epsilon)
+    y = activation(apply(x, scale, offset))
+    # An offset alone is added in place.
+    return (_affine if output_scale is None else apply)(y, output_scale, output_offset)
 
 
-def _scale_and_offset(x, scale, offset, groups, epsilon):
-    """The scale and the offset of each channel that normalize one image and apply `scale` and `offset`."""
-    # About the mean of a row: the mean of any part of an image is within sqrt(parts) standard deviations of its mean.
-    row = x.shape[1] // 2
-    pivot = _position_means(x[:, row : row + 1])
-    centered = x - pivot
-    distance, square = _position_means(centered), _position_means(ops.square(centered))
-    mean = ops.reshape(pivot + distance, (groups, -1))
-    variance = ops.reshape(square - ops.square(distance), (groups, -1))
-    group_mean = ops.mean(mean, axis=1, keepdims=True)
-    group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=1, keepdims=True)
-    scale = ops.ones(x.shape[3], x.dtype) if scale is None else scale
-    factor = ops.reshape(scale, (groups, -1)) * ops.rsqrt(group_variance + epsilon)
-    shift = ops.reshape(-group_mean * factor, (-1,))
-    return ops.reshape(factor, (-1,)), (shift if offset is None else offset + shift)
+def _normalizing_affine(x, scale, offset, groups, epsilon):
+    """The scale and the offset of each channel that normalize one image and then apply `scale` and `offset`."""
+    import tensorflow as tf
+
+    _, height, width, count = x.shape
+    if math.prod(x.shape[1:]) < _SMALLEST_POOLED:
+        pixels = tf.reshape(x, (height * width, count))
+        mean = tf.reduce_mean(pixels, 0)
+        variance = tf.reduce_mean(tf.square(pixels - mean), 0)
+    else:
+        # Pooling is faster than a reduction, but loses digits of a large mean. The mean of a row is close to it: within
+        # sqrt(height) standard deviations.
+        pivot = _position_means(x[:, height // 2 : height // 2 + 1])
+        centered = x - pivot
+        distance = _position_means(centered)
+        mean, variance = pivot + distance, _position_means(tf.square(centered)) - tf.square(distance)
+
+    def by_groups(vector):
+        return tf.reshape(vector, (groups, count // groups))
+
+    mean, variance = by_groups(mean), by_groups(variance)
+    group_mean = tf.reduce_mean(mean, 1, keepdims=True)
+    spread = tf.math.squared_difference(mean, group_mean)
+    factor = tf.math.rsqrt(tf.reduce_mean(variance + spread, 1, keepdims=True) + epsilon)
+    factor = factor * by_groups(tf.ones(count, x.dtype) if scale is None else scale)
+    shift = by_groups(tf.zeros(count, x.dtype) if offset is None else offset) - group_mean * factor
+    return tf.reshape(factor, (count,)), tf.reshape(shift, (count,))
 
 
 def _position_means(x):
     # Row by row, because long sums lose digits.
-    for size in ((1, x.shape[2]), (x.shape[1], 1)):
-        if math.prod(size) > 1:
-            x = ops.average_pool(x, size, size, data_format="channels_last")
+    for window in ((1, x.shape[2]), (x.shape[1], 1)):
+        x = ops.average_pool(x, window, data_format="channels_last")
     return x
 
 
