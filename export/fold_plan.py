@@ -19,6 +19,7 @@ from keras_proxynorm.surgery.layer_kinds import SEPARABLE
 from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
 from keras_proxynorm.surgery.planning import channel_axis
 from keras_proxynorm.surgery.rescaling import Absorption
+from keras_proxynorm.surgery.rescaling import GatedShift
 from keras_proxynorm.surgery.rescaling import Rescaling
 from keras_proxynorm.surgery.rescaling import follow_rescalings
 
@@ -104,10 +105,12 @@ class FoldPlan:
     Attributes:
         foldings: By the `id` of the normalization layer.
         absorptions: The layers that take in what is behind normalizations.
+        gated: By the `id` of the layer that reads the product: the shifts for which something is added to its output.
     """
 
     foldings: dict[int, Folding]
     absorptions: tuple[Absorption, ...]
+    gated: dict[int, GatedShift]
 
     @property
     def changed(self) -> dict[int, keras.layers.Layer]:
@@ -117,8 +120,13 @@ class FoldPlan:
         return {id(layer): layer for layer in (*behind, *in_front)}
 
 
-def make_fold_plan(graphs: list[Graph]) -> FoldPlan:
-    """Decides about every normalization in `graphs`, from `read_graphs`."""
+def make_fold_plan(graphs: list[Graph], through_gates: bool) -> FoldPlan:
+    """Decides about every normalization in `graphs`.
+
+    Args:
+        graphs: From `read_graphs`.
+        through_gates: Whether shifts are followed through the gates of squeeze-and-excite blocks.
+    """
     calls = collections.Counter(id(call.operation) for graph in graphs for call in graph.calls)
     foldings = {folding.path: folding for folding in _foldings(graphs, calls)}
     # Everything is moved on at first, and then less where it does not arrive, until all that is moved arrives.
@@ -128,7 +136,7 @@ def make_fold_plan(graphs: list[Graph]) -> FoldPlan:
         if calls[id(folding.layer)] == 1 and has_rescaling and np.all(folding.output_scale > 0):
             foldings[path] = dataclasses.replace(folding, moved=SHIFTED)
     while True:
-        plan, lost = _try(graphs, calls, foldings)
+        plan, lost = _try(graphs, calls, foldings, through_gates)
         if not lost:
             return plan
         for path in lost:
@@ -137,11 +145,15 @@ def make_fold_plan(graphs: list[Graph]) -> FoldPlan:
             foldings[path] = dataclasses.replace(folding, moved=SCALED if can_scale else KEPT)
 
 
-def _try(graphs, calls, foldings):
+def _try(graphs, calls, foldings, through_gates):
     """The plan by which all that `foldings` want to move is moved, and the paths of those with which it is not."""
     by_layer = {id(folding.layer): folding for folding in foldings.values()}
-    absorptions, losses = follow_rescalings(graphs, calls, lambda graph, call: _begun(by_layer, graph, call))
-    return FoldPlan(by_layer, tuple(absorptions)), {source for loss in losses for source in loss.sources}
+    gated: list[GatedShift] = []
+    absorptions, losses = follow_rescalings(
+        graphs, calls, lambda graph, call: _begun(by_layer, graph, call), gated if through_gates else None
+    )
+    plan = FoldPlan(by_layer, tuple(absorptions), {id(shift.layer): shift for shift in gated})
+    return plan, {source for loss in losses for source in loss.sources}
 
 
 def _begun(foldings, graph, call):

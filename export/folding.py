@@ -18,7 +18,7 @@ from keras_proxynorm.surgery.graph import nested_model
 from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.linear_weights import LinearWeights
 
-__all__ = ["FoldReport", "fold", "fold_if_possible"]
+__all__ = ["FoldReport", "fold", "fold_if_possible", "fold_with_report"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class FoldReport:
         folded: What became of each normalization, by its path.
         absorbed: For each linear layer that took something in from normalizations in front of it, by its path: from
             which.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> from keras_proxynorm.export import fold
+    >>> layers = [keras.Input((8,)), keras.layers.Dense(8), keras.layers.BatchNormalization(name="norm")]
+    >>> _, report = fold(keras.Sequential(layers), return_report=True)
+    >>> print(report)
+    1 normalizations folded
+        1 BatchNormalization into the layer in front of it
     """
 
     folded: dict[str, str]
@@ -47,7 +57,7 @@ def fold(model: keras.Model, *, return_report: bool = False):
       proxy normalization of a layer merge; what remains behind the activation, a scale and a shift of each channel,
       goes into the weights of the dense, convolution, depthwise and separable layers that read the output, where that
       is exact: also through pooling, cropping, padding, reshapes, concatenation and products, but no shift into what
-      reads zeros of a padding in its place.
+      reads zeros of a padding in its place, and none through a product.
     - A `BatchNormalization` goes into the linear layer in front of it, or else into those behind it, or else becomes a
       scale and an offset.
     - A `GroupNormalization` keeps its statistics, with scale and offset as constants.
@@ -88,13 +98,26 @@ def fold(model: keras.Model, *, return_report: bool = False):
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
+    folded, report = fold_with_report(model)
+    return (folded, report) if return_report else folded
+
+
+def fold_with_report(model: keras.Model, through_gates: bool = False) -> tuple[keras.Model, FoldReport]:
+    """As `fold`.
+
+    Args:
+        model: As there.
+        through_gates: Whether a shift in front of a squeeze-and-excite gate becomes a small convolution of the gate,
+            which is added behind the layer that reads the product. It saves a pass over the larger tensor, where
+            starting a small convolution costs less than that.
+    """
     check_readable(model)
     graphs = read_graphs(model)
-    plan = make_fold_plan(graphs)
+    plan = make_fold_plan(graphs, through_gates)
     cloner = _FoldingCloner(graphs, plan)
     folded = cloner.clone(model)
     for note in cloner.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=4)
     _carry(plan, cloner)
     for graph in graphs:
         if not carry_own_weights(graph.model, cloner.clone(graph.model), graph.functional):
@@ -103,19 +126,16 @@ def fold(model: keras.Model, *, return_report: bool = False):
                 "has others, outside of its graph"
             )
     folded.trainable = False
-    if not return_report:
-        return folded
-    report = FoldReport(
+    return folded, FoldReport(
         folded={folding.path: folding.describe() for folding in plan.foldings.values()},
         absorbed={absorption.path: absorption.rescaling.sources for absorption in plan.absorptions},
     )
-    return folded, report
 
 
-def fold_if_possible(model: keras.Model) -> tuple[keras.Model, str]:
+def fold_if_possible(model: keras.Model, through_gates: bool = False) -> tuple[keras.Model, str]:
     """The folded model and what was folded, in words; for a model that cannot be folded itself, with a warning."""
     try:
-        folded, report = fold(model, return_report=True)
+        folded, report = fold_with_report(model, through_gates)
     except ValueError as error:
         warnings.warn(
             f"The model '{model.name}' is exported without folding, as with fold=False, because it cannot be folded: "
@@ -129,7 +149,9 @@ def fold_if_possible(model: keras.Model) -> tuple[keras.Model, str]:
 class _FoldingCloner(ModelCloner):
     def __init__(self, graphs, plan: FoldPlan):
         super().__init__(graphs)
+        self.shifts: dict[int, keras.layers.Layer] = {}
         self._plan = plan
+        self._factors: dict[int, list] = {}
 
     def _clone_single(self, operation):
         folding = self._plan.foldings.get(id(operation))
@@ -155,10 +177,27 @@ class _FoldingCloner(ModelCloner):
         source = self._sources[id(clone)]
         if id(source) in self._plan.foldings:
             return self._call_replacement(source, clone, *args, **kwargs)
-        return clone(*args, **kwargs)
+        outputs = clone(*args, **kwargs)
+        if isinstance(source, keras.layers.Multiply):
+            self._factors[id(source)] = args[0]
+        gated = self._plan.gated.get(id(source))
+        if gated is None:
+            return outputs
+        # The weights of it are set when those of all layers are.
+        shift = type(source)(
+            source.filters,
+            1,
+            data_format=source.data_format,
+            use_bias=False,
+            name=f"{source.name}_shift",
+            dtype=dtype_of(source),
+        )
+        self.shifts[id(source)] = shift
+        add = keras.layers.Add(name=f"{source.name}_shifted", dtype=dtype_of(source))
+        return add([outputs, shift(self._factors[id(gated.product)][gated.gate])])
 
 
-def _carry(plan: FoldPlan, cloner: ModelCloner):
+def _carry(plan: FoldPlan, cloner: _FoldingCloner):
     """Sets the weights of all layers of the folded model."""
     in_front = {id(folding.linear): folding for folding in plan.foldings.values() if folding.linear is not None}
     for source, clone in cloner.clones.values():
@@ -168,11 +207,16 @@ def _carry(plan: FoldPlan, cloner: ModelCloner):
                     getattr(clone, name).assign(vector)
         elif id(source) in plan.changed:
             weights = LinearWeights(source)
+            gated = plan.gated.get(id(source))
+            response = gated and weights.response(gated.rescaling.values()[1])
             for absorption in plan.absorptions:
                 if absorption.layer is source:
                     weights.take_in(*absorption.rescaling.values())
             if id(source) in in_front:
                 weights.rescale_output(in_front[id(source)].scale, in_front[id(source)].offset)
+                response = gated and response * in_front[id(source)].scale
             weights.assign(clone)
+            if gated:
+                cloner.shifts[id(source)].kernel.assign(response)
         elif isinstance(source, keras.layers.Layer) and nested_model(source) is None:
             carry_state(source, clone)

@@ -12,8 +12,8 @@ import keras_proxynorm
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.folding import fold as fold_model
 from keras_proxynorm.export.folding import fold_if_possible
+from keras_proxynorm.export.folding import fold_with_report
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.serving_function import serving_function
@@ -113,7 +113,7 @@ def export_onnx(
     if float16_weights:
         served, folded = _with_float16_kernels(model, fold)
     elif fold:
-        served, folded = fold_if_possible(model)
+        served, folded = fold_if_possible(model, through_gates=True)
     proto = convert(*serving_function(served, batch_size, input_shape, "onnx"), opset)
     if float16_weights:
         _store_as_float16(proto)
@@ -142,7 +142,7 @@ def _with_float16_kernels(model, fold):
             "Argument `float16_weights` needs fold=True, which makes a copy of the model that can be changed. "
             "Received: float16_weights=True, fold=False"
         )
-    folded, report = fold_model(model, return_report=True)
+    folded, report = fold_with_report(model, through_gates=True)
     for weight in folded.weights:
         value = keras.ops.convert_to_numpy(weight)
         if value.ndim > 1 and value.dtype == "float32" and np.all(np.abs(value) <= np.finfo("float16").max):

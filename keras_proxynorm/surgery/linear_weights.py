@@ -25,6 +25,11 @@ class LinearWeights:
         bias = getattr(layer, "bias", None)
         self._bias = np.zeros(filters) if bias is None else _float64(bias)
 
+    def response(self, shift: np.ndarray) -> np.ndarray:
+        """The kernel by which a vector over input channels, times `shift`, becomes one over output channels."""
+        (kernel,) = self._kernels.values()
+        return kernel * shift[:, None]
+
     def take_in(self, scale: np.ndarray, shift: np.ndarray):
         """Makes the layer compute of ``x`` what it computed of ``scale * x + shift``; vectors over input channels."""
         name, kernel = next(iter(self._kernels.items()))

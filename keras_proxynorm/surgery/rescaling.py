@@ -21,7 +21,7 @@ from keras_proxynorm.surgery.layer_kinds import pads_with_zeros
 from keras_proxynorm.surgery.layer_kinds import passes_affine
 from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
 
-__all__ = ["Absorption", "Loss", "Rescaling", "follow_rescalings"]
+__all__ = ["Absorption", "GatedShift", "Loss", "Rescaling", "follow_rescalings"]
 
 
 class Rescaling(NamedTuple):
@@ -55,6 +55,25 @@ class Absorption:
     rescaling: Rescaling
 
 
+class GatedShift(NamedTuple):
+    """A shift in front of a product with a gate, ``gate * (x + shift)``, that a linear layer reads.
+
+    The layer computes the same of ``gate * x`` if what it makes of ``gate * shift`` is added to its output: a linear
+    function of the gate, which has no positions.
+
+    Attributes:
+        layer: The linear layer, with kernels of size 1.
+        product: The multiplication.
+        gate: The index of the gate among its inputs.
+        rescaling: That of the other input.
+    """
+
+    layer: keras.layers.Layer
+    product: keras.layers.Layer
+    gate: int
+    rescaling: Rescaling
+
+
 class Loss(NamedTuple):
     """A place where a rescaling can neither be taken in nor passed on.
 
@@ -70,7 +89,10 @@ class Loss(NamedTuple):
 
 
 def follow_rescalings(
-    graphs: list[Graph], calls: Mapping[int, int], source: Callable[[Graph, Call], Rescaling | None]
+    graphs: list[Graph],
+    calls: Mapping[int, int],
+    source: Callable[[Graph, Call], Rescaling | None],
+    gated: list[GatedShift] | None = None,
 ) -> tuple[list[Absorption], list[Loss]]:
     """Follows the rescaled outputs of some layers to the linear layers that read them.
 
@@ -78,19 +100,21 @@ def follow_rescalings(
         graphs: From `read_graphs`.
         calls: How often an operation is called in all graphs, by its `id`.
         source: The rescaling that begins with a call, in place of any that its inputs have; None for most.
+        gated: If given, shifts are followed through gates, too, and what that takes is appended to this list.
 
     Returns:
         The layers that can take a rescaling in exactly, and the places where that is not possible.
     """
-    return _Search(graphs, calls, source).run()
+    return _Search(graphs, calls, source, gated).run()
 
 
 class _Search:
-    def __init__(self, graphs, calls, source):
+    def __init__(self, graphs, calls, source, gated):
         self.graphs = {id(graph.model): graph for graph in graphs}
         self.outermost = graphs[0]
         self.calls = calls
         self.source = source
+        self.gated = gated
         self.results: dict[int, list] = {}
         self.absorptions: list[Absorption] = []
         self.losses: list[Loss] = []
@@ -137,7 +161,7 @@ class _Search:
         rescaled = [rescaling for rescaling in given if rescaling is not None]
         if not rescaled:
             return rescalings
-        passed = _passed(operation, given, [graph.shapes[tensor] for tensor in call.inputs])
+        passed = _passed(operation, self.without_gated(graph, call, given), self.shapes(graph, call))
         if passed is not None:
             return [passed]
         reason = self.why_not(operation, given[0], call.inputs[0], graph)
@@ -146,6 +170,36 @@ class _Search:
         else:
             self.lose(rescaled, path, reason)
         return rescalings
+
+    def shapes(self, graph, call):
+        return [graph.shapes[tensor] for tensor in call.inputs]
+
+    def without_gated(self, graph, call, given):
+        """The rescalings of the inputs of `call`, without a shift for which its reader can make up."""
+        readers = graph.consumers(call.output)
+        if self.gated is None or type(call.operation) is not keras.layers.Multiply or len(given) != 2:
+            return given
+        shifted = [index for index, rescaling in enumerate(given) if rescaling is not None and rescaling.has_shift]
+        if len(shifted) != 1 or given[1 - shifted[0]] is not None or len(readers) != 1 or call.output in graph.outputs:
+            return given
+        (index,), (reader,) = shifted, readers
+        rescaling, shape = given[index], self.shapes(graph, call)[1 - index]
+        positions = {size for axis, size in enumerate(shape[1:], start=1) if axis != rescaling.axis}
+        layer, scaled = reader.operation, rescaling._replace(has_shift=False)
+        if (
+            type(layer) not in CONVOLUTIONS
+            or set(layer.kernel_size) != {1}
+            or layer.groups > 1
+            or positions != {1}
+            or layer.activation is not keras.activations.linear
+            or self.calls[id(call.operation)] > 1
+            or self.why_not(layer, scaled, call.output, graph) is not None
+        ):
+            return given
+        self.gated.append(GatedShift(layer, call.operation, 1 - index, rescaling))
+        scale, shift = rescaling.values()
+        scaled = scaled._replace(values=lambda: (scale, np.zeros_like(shift)))
+        return [scaled if i == index else None for i in range(2)]
 
     def why_not(self, operation, rescaling, tensor, graph):
         """Why the weights of `operation` cannot take `rescaling` in; None if they can."""
