@@ -17,7 +17,7 @@ from keras_proxynorm.export.folding import fold_with_report
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.serving_function import serving_function
-from keras_proxynorm.export.verification import verify as verify_artefact
+from keras_proxynorm.export.verification import verify_served
 
 __all__ = ["export_onnx"]
 
@@ -114,7 +114,7 @@ def export_onnx(
         served, folded = _with_float16_kernels(model, fold)
     elif fold:
         served, folded = fold_if_possible(model, through_gates=True)
-    proto = convert(*serving_function(served, batch_size, input_shape, "onnx"), opset)
+    proto = convert(*serving_function(model, batch_size, input_shape, "onnx", served), opset)
     if float16_weights:
         _store_as_float16(proto)
     _describe(proto, folded)
@@ -123,7 +123,7 @@ def export_onnx(
         _check(temporary, opset)
         if verify is True:
             # Rounding the kernels was asked for; nothing else may differ.
-            verify_artefact(served if float16_weights else model, temporary, input_shape=input_shape)
+            verify_served(model, served if float16_weights else model, temporary, input_shape=input_shape)
         elif verify:
             verify(model, temporary, input_shape=input_shape)
         old = _data_files(path)

@@ -13,7 +13,7 @@ from keras_proxynorm.export.atomic import replacing
 from keras_proxynorm.export.folding import fold_if_possible
 from keras_proxynorm.export.logs import quiet
 from keras_proxynorm.export.serving_function import serving_function
-from keras_proxynorm.export.verification import verify as verify_artefact
+from keras_proxynorm.export.verification import verify_served
 from keras_proxynorm.export.warm_up import write_warm_up_requests
 
 __all__ = ["export_saved_model"]
@@ -99,13 +99,14 @@ def export_saved_model(
     serving_function(model, batch_size, input_shape)
     served = fold_if_possible(model)[0] if fold else model
     with replacing(target, overwrite) as temporary, quiet("absl", "tensorflow"):
-        _write(served, temporary, batch_size, input_shape, as_constants=fold, xla_signature=xla_signature)
+        _write(model, served, temporary, batch_size, input_shape, as_constants=fold, xla_signature=xla_signature)
         if warmup:
-            _, signature = serving_function(served, batch_size, input_shape)
+            _, signature = serving_function(model, batch_size, input_shape)
             write_warm_up_requests(temporary, [_request(signature)])
-        if verify:
-            check = verify_artefact if verify is True else verify
-            check(model, temporary, input_shape=input_shape)
+        if verify is True:
+            verify_served(model, model, temporary, input_shape=input_shape)
+        elif verify:
+            verify(model, temporary, input_shape=input_shape)
     return target
 
 
@@ -115,11 +116,11 @@ def _next_version(directory):
     return 1 + max((int(child.name) for child in directory.iterdir() if child.name.isdecimal()), default=0)
 
 
-def _write(model, path, batch_size, input_shape, as_constants, xla_signature):
+def _write(model, served, path, batch_size, input_shape, as_constants, xla_signature):
     import tensorflow as tf
 
     def function(runtime, **options):
-        serve, signature = serving_function(model, batch_size, input_shape, runtime)
+        serve, signature = serving_function(model, batch_size, input_shape, runtime, served)
         return tf.function(serve, input_signature=signature, autograph=False, **options)
 
     # Named as by model.export, for keras.layers.TFSMLayer.
@@ -128,12 +129,12 @@ def _write(model, path, batch_size, input_shape, as_constants, xla_signature):
         functions["serving_xla"] = function("keras", jit_compile=True)
     for traced in functions.values():
         traced.get_concrete_function()
-    if as_constants and _can_be_constants(model, functions.values()):
+    if as_constants and _can_be_constants(served, functions.values()):
         functions = {name: _frozen(traced, name == "serving_xla") for name, traced in functions.items()}
         _save_constants(functions, path)
     else:
         archive = keras.export.ExportArchive()
-        archive.track(model)
+        archive.track(served)
         # Keras adds "serving_default" as another name of the first.
         for name, function in functions.items():
             archive.add_endpoint(name, function)

@@ -13,7 +13,11 @@ __all__ = ["serving_function"]
 
 
 def serving_function(
-    model: keras.Model, batch_size: int | None, input_shape, runtime: str = "keras"
+    model: keras.Model,
+    batch_size: int | None,
+    input_shape,
+    runtime: str = "keras",
+    served: keras.Model | None = None,
 ) -> tuple[Callable, list]:
     """The inference function of a model, and the signature to trace it with.
 
@@ -22,6 +26,7 @@ def serving_function(
         batch_size: Positive integer, or None for any batch size.
         input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples.
         runtime: What the function is traced for, see `traced_for`.
+        served: The model that computes, such as the folded one, under the names of `model`. Defaults to `model`.
 
     Returns:
         ``(function, signature)``: a function of one tensor for each input that returns a dict of named outputs, and a
@@ -65,7 +70,7 @@ def serving_function(
     def serve(*tensors):
         # What is traced here may run on another device.
         with reduction("sum"), traced_for(runtime):
-            outputs = model(keras.tree.pack_sequence_as(structure, tensors), training=False)
+            outputs = (served or model)(keras.tree.pack_sequence_as(structure, tensors), training=False)
         return _name_outputs(model, outputs)
 
     return serve, [tf.TensorSpec((batch_size, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in inputs]

@@ -164,7 +164,7 @@ def unverified(request, monkeypatch):
     """Keeps exports from starting a process of seconds each: tests compare for themselves, and some mark `verified`."""
     if request.node.get_closest_marker("verified") is None:
         for module in (saved_model, onnx):
-            monkeypatch.setattr(module, "verify_artefact", lambda *arguments, **options: None)
+            monkeypatch.setattr(module, "verify_served", lambda *arguments, **options: None)
 
 
 @pytest.fixture(params=CASES)
