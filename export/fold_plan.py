@@ -231,7 +231,8 @@ def _float64(weight):
 
 def _into_layer_in_front(folding, graph, call, calls):
     """`folding`, in the linear layer that makes the input if nothing else reads that."""
-    (tensor,) = call.inputs
+    # A mask would be another one.
+    tensor = call.inputs[0]
     linear = graph.operation(tensor)
     if (
         type(linear) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE)

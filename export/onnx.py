@@ -118,18 +118,23 @@ def export_onnx(
     if float16_weights:
         _store_as_float16(proto)
     _describe(proto, folded)
-    with replacing(path, overwrite) as temporary:
-        data = _save(proto, temporary, path.name)
-        _check(temporary, opset)
-        if verify is True:
-            # Rounding the kernels was asked for; nothing else may differ.
-            verify_served(model, served if float16_weights else model, temporary, input_shape=input_shape)
-        elif verify:
-            verify(model, temporary, input_shape=input_shape)
-        old = _data_files(path)
-        if data is not None:
-            # First, because the file refers to it. The old file refers to another.
-            data.replace(path.parent / data.name)
+    old, new = _data_files(path), None
+    try:
+        with replacing(path, overwrite) as temporary:
+            data = _save(proto, temporary, path.name)
+            _check(temporary, opset)
+            if verify is True:
+                # Rounding the kernels was asked for; nothing else may differ.
+                verify_served(model, served if float16_weights else model, temporary, input_shape=input_shape)
+            elif verify:
+                verify(model, temporary, input_shape=input_shape)
+            if data is not None:
+                # First, because the file refers to it. The old file refers to another.
+                new = data.replace(path.parent / data.name)
+    except BaseException:
+        if new is not None:
+            new.unlink()
+        raise
     for name in old:
         (path.parent / name).unlink(missing_ok=True)
     return path
@@ -188,7 +193,8 @@ def _save(proto, path, name):
     # Another name each time, so that an old file beside it never reads new weights.
     location = f"{name}-{secrets.token_hex(4)}.data"
     onnx.save_model(proto, path, save_as_external_data=True, location=location)
-    return path.parent / location
+    data = path.parent / location
+    return data if data.exists() else None
 
 
 def _check(path, opset):

@@ -1,5 +1,6 @@
 """A function of TensorFlow as an ONNX model, by way of tf2onnx; nothing else in the package touches the converter."""
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_proxynorm.export.logs import errors_of
+from keras_proxynorm.export.onnx_layout import infer_tensors
 from keras_proxynorm.export.onnx_layout import remove_transposes
 
 __all__ = ["check_opset", "convert"]
@@ -101,6 +103,7 @@ def convert(serve: Callable, signature: list, opset: int):
     if weights is not None:
         _load(proto, weights.name_to_tensor_data)
     remove_transposes(proto)
+    _merge_biases(proto)
     _keep_zeros_in_front_of_poolings(proto)
     return proto
 
@@ -158,6 +161,32 @@ def _captured_to_constants(proto, concrete):
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(values[name].numpy(), name) for name in constants)
 
 
+def _merge_biases(proto):
+    """Makes what is added to the channels behind a convolution its bias, as the converter does for most."""
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    readers = collections.Counter(name for node in proto.graph.node for name in node.input)
+    readers.update(output.name for output in proto.graph.output)
+    convolutions = {}
+    for node in list(proto.graph.node):
+        if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in constants:
+            convolutions[node.output[0]] = node
+        if node.op_type != "Add":
+            continue
+        for name, summand in (node.input, node.input[::-1]):
+            if name in convolutions and summand in constants and readers[name] == 1:
+                convolution, value = convolutions[name], onnx.numpy_helper.to_array(constants[summand])
+                filters, _, *kernel = constants[convolution.input[1]].dims
+                if value.shape in ((filters, *(1 for _ in kernel)), (1, filters, *(1 for _ in kernel))):
+                    bias = onnx.numpy_helper.from_array(value.reshape(-1), f"{node.output[0]}__bias")
+                    proto.graph.initializer.append(bias)
+                    convolution.input.append(bias.name)
+                    convolution.output[0] = node.output[0]
+                    proto.graph.node.remove(node)
+                    break
+
+
 def _keep_zeros_in_front_of_poolings(proto):
     """Makes the zeros that are padded in front of poolings negative.
 
@@ -167,16 +196,20 @@ def _keep_zeros_in_front_of_poolings(proto):
     import onnx
 
     pooled = {node.input[0] for node in proto.graph.node if node.op_type in ("AveragePool", "MaxPool")}
-    types = {}
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in infer_tensors(proto)} if pooled else {}
     for node in proto.graph.node:
-        if node.op_type == "Pad" and node.output[0] in pooled and len(node.input) == 3:
-            zeros = {tensor.name: tensor for tensor in proto.graph.initializer}.get(node.input[2])
-            value = zeros and onnx.numpy_helper.to_array(zeros)
-            if value is not None and value == 0 and value.dtype.kind == "f":
-                name = f"{node.output[0]}__negative_zero"
-                types[name] = -value
-                node.input[2] = name
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in types.items())
+        if node.op_type != "Pad" or node.output[0] not in pooled or len(node.input) > 3:
+            continue
+        if len(node.input) == 3 and node.input[2]:
+            value = constants.get(node.input[2])
+            zero = value and onnx.numpy_helper.to_array(value)
+        else:
+            zero = np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(types[node.output[0]]))
+        if zero is not None and zero == 0 and zero.dtype.kind == "f":
+            name = f"{node.output[0]}__negative_zero"
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.negative(zero), name))
+            node.input[:] = [*node.input[:2], name]
 
 
 def _find_hard_sigmoids(graph, nodes):
@@ -190,7 +223,8 @@ def _find_hard_sigmoids(graph, nodes):
     for match in list(GraphMatcher(pattern, allow_reorder=True).match_ops(nodes)):
         outputs = match.get_op("outputs")
         shift, factor = (np.asarray(match.get_op(name).get_tensor_value()) for name in ("shift", "factor"))
-        factor = 1 / factor if outputs.type == "RealDiv" else factor
+        if outputs.type == "RealDiv":
+            factor = 1 / factor if outputs.inputs[1] is match.get_op("factor") else np.nan
         if np.all(shift == 3) and np.allclose(factor, 1 / 6):
             hard_sigmoid = graph.make_node(
                 "HardSigmoid",

@@ -2,7 +2,7 @@
 
 import math
 
-__all__ = ["remove_transposes"]
+__all__ = ["infer_tensors", "remove_transposes"]
 
 # Operations on each element of their first input; the other inputs are scalars.
 _UNARY = {
@@ -44,6 +44,27 @@ def remove_transposes(proto) -> None:
     _Rewriter(proto).run()
 
 
+def infer_tensors(proto) -> list:
+    """What shape inference finds out about the tensors of an `onnx.ModelProto`: a list of `onnx.ValueInfoProto`."""
+    import onnx
+
+    # Without the values of large weights, because what is inferred from must be smaller than 2 GB.
+    skeleton = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
+    skeleton.graph.name = proto.graph.name
+    skeleton.graph.node.extend(proto.graph.node)
+    skeleton.graph.input.extend(proto.graph.input)
+    skeleton.graph.output.extend(proto.graph.output)
+    skeleton.functions.extend(proto.functions)
+    for weight in proto.graph.initializer:
+        if _size(weight.dims) < 1024:
+            skeleton.graph.initializer.append(weight)
+        else:
+            value = onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+            skeleton.graph.input.append(value)
+    inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    return [*inferred.value_info, *inferred.input, *inferred.output]
+
+
 class _Rewriter:
     """The graph that is being written.
 
@@ -55,26 +76,12 @@ class _Rewriter:
 
         self.onnx = onnx
         self.graph = proto.graph
-        # Without what converters note of shapes, which is not always true after their own optimizations, and without
-        # the values of large weights, because what is inferred from must be smaller than 2 GB.
+        # What converters note of shapes is not always true after their own optimizations.
         del self.graph.value_info[:]
-        skeleton = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
-        skeleton.graph.name = self.graph.name
-        skeleton.graph.node.extend(self.graph.node)
-        skeleton.graph.input.extend(self.graph.input)
-        skeleton.graph.output.extend(self.graph.output)
-        skeleton.functions.extend(proto.functions)
-        for weight in self.graph.initializer:
-            if _size(weight.dims) < 1024:
-                skeleton.graph.initializer.append(weight)
-            else:
-                value = onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
-                skeleton.graph.input.append(value)
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
         # Sizes are integers, or None where they are open.
         self.shapes: dict[str, tuple[int | None, ...]] = {}
         self.types = {}
-        for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        for value in infer_tensors(proto):
             tensor = value.type.tensor_type
             self.types[value.name] = tensor.elem_type
             if tensor.HasField("shape"):

@@ -196,9 +196,7 @@ def verify(
     >>> verification.worst["onnxruntime"].relative < 1e-4
     True
     """
-    return verify_served(
-        model, model, path, runtimes=runtimes, input_shape=input_shape, tolerance=tolerance, seed=seed
-    )
+    return verify_served(model, model, path, runtimes=runtimes, input_shape=input_shape, tolerance=tolerance, seed=seed)
 
 
 def verify_served(

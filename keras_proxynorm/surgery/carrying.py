@@ -4,6 +4,7 @@ import tempfile
 import warnings
 
 import keras
+import numpy as np
 
 from keras_proxynorm.surgery.graph import cannot_clone
 
@@ -42,7 +43,7 @@ def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights:
         store: dict = {}
         old.save_own_variables(store)
         if store:
-            new.load_own_variables(store)
+            new.load_own_variables({name: _copy(value) for name, value in store.items()})
         if hasattr(old, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 old.save_assets(folder)
@@ -77,7 +78,7 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
             if source.trainable and not old.trainable:
                 weight.trainable = False
             if weights:
-                weight.assign(old)
+                weight.assign(_copy(old))
                 copied.append(weight.name)
     return copied
 
@@ -95,8 +96,13 @@ def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: ker
     for old, new in zip(own, others, strict=True):
         new.trainable = old.trainable
         if weights:
-            new.assign(old)
+            new.assign(_copy(old))
     return True
+
+
+def _copy(weight):
+    # On JAX an assigned array is shared, and a function that is given the one model's may destroy the other's.
+    return np.array(keras.ops.convert_to_numpy(weight))
 
 
 def late_regularizers(source: keras.layers.Layer, target: keras.layers.Layer) -> bool:

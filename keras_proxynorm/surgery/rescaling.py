@@ -151,14 +151,16 @@ class _Search:
     def behind(self, graph, call, given):
         """The rescalings of the outputs of `call`, from those of its inputs."""
         operation, path = call.operation, graph.path + call.operation.name
+        rescaled = [rescaling for rescaling in given if rescaling is not None]
         begun = self.source(graph, call)
         if begun is not None:
+            if rescaled:
+                self.lose(rescaled, path, f"{type(operation).__name__}, whose statistics it changes")
             return [begun]
         nested = nested_model(operation)
         rescalings = [] if nested is None else self.outputs(self.graphs[id(nested)])
         if nested is not operation:  # TimeDistributed has one more axis, of time
             rescalings = [x and x._replace(axis=x.axis + 1) for x in rescalings]
-        rescaled = [rescaling for rescaling in given if rescaling is not None]
         if not rescaled:
             return rescalings
         passed = _passed(operation, self.without_gated(graph, call, given), self.shapes(graph, call))

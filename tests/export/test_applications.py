@@ -20,7 +20,7 @@ FAMILIES = {
     "EfficientNetB0": 64,
     "EfficientNetV2B0": 64,
     "InceptionResNetV2": 107,
-    "InceptionV3": 107,
+    "InceptionV3": 139,
     "MobileNet": 64,
     "MobileNetV2": 64,
     "MobileNetV3Large": 64,
@@ -116,6 +116,9 @@ def test_mobilenet(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "MobileNetV3Small"])
+@pytest.mark.parametrize(
+    "family",
+    [family for family in FAMILIES if family != "MobileNetV3Small"],
+)
 def test_families(family, tmp_path):
     check(family, tmp_path)
