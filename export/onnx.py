@@ -17,6 +17,7 @@ from keras_proxynorm.export.folding import fold_with_report
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.serving_function import serving_function
+from keras_proxynorm.export.verification import fitting_runtimes
 from keras_proxynorm.export.verification import verify_served
 
 __all__ = ["export_onnx"]
@@ -107,6 +108,8 @@ def export_onnx(
                 f"Received: batch_size={batch_size!r}"
             )
         batch_size = None
+    if verify is True:
+        fitting_runtimes(path)
     # First of all, because it checks the arguments.
     serving_function(model, batch_size, input_shape)
     served, folded = model, "nothing"

@@ -295,7 +295,10 @@ def fitting_runtimes(path: Path, runtimes: Sequence[str] | None = None) -> list[
     else:
         missing = [name for name in runtimes if name not in installed]
     if missing:
-        raise ImportError(f"Running the artefact {str(path)!r} needs: pip install {' '.join(missing)}")
+        raise ImportError(
+            f"Running the artefact {str(path)!r} needs: pip install {' '.join(missing)}. Without it, export with "
+            "verify=False."
+        )
     return list(runtimes)
 
 

@@ -249,6 +249,7 @@ def ask(url, method, body=None):
         return response.status, json.loads(response.read())
 
 
+@pytest.mark.slow
 def test_keeps_serving_until_interrupted(serve, artefacts, tmp_path):
     pytest.importorskip("ray.serve")
     with script("--model", artefacts["saved_model"], "--seconds", "1", "--keep", "--output", tmp_path) as process:

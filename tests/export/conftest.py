@@ -165,6 +165,7 @@ def unverified(request, monkeypatch):
     if request.node.get_closest_marker("verified") is None:
         for module in (saved_model, onnx):
             monkeypatch.setattr(module, "verify_served", lambda *arguments, **options: None)
+        monkeypatch.setattr(onnx, "fitting_runtimes", lambda *arguments: None)
 
 
 @pytest.fixture(params=CASES)

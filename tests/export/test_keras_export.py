@@ -103,7 +103,7 @@ np.save(sys.argv[3], theirs)
 
 
 @tensorflow_only
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_other_backends(backend, tmp_path):
     """The errors, and the way that they name: what is folded and saved there is exported from TensorFlow."""
     pytest.importorskip(backend)
