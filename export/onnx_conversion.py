@@ -105,6 +105,7 @@ def convert(serve: Callable, signature: list, opset: int):
     remove_transposes(proto)
     _merge_biases(proto)
     _keep_zeros_in_front_of_poolings(proto)
+    _remove_unused_weights(proto)
     return proto
 
 
@@ -185,6 +186,21 @@ def _merge_biases(proto):
                     convolution.output[0] = node.output[0]
                     proto.graph.node.remove(node)
                     break
+
+
+def _remove_unused_weights(proto):
+    def used(graph):
+        for node in graph.node:
+            yield from node.input
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from used(inner)
+        yield from (output.name for output in graph.output)
+
+    names = set(used(proto.graph))
+    weights = [tensor for tensor in proto.graph.initializer if tensor.name in names]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(weights)
 
 
 def _keep_zeros_in_front_of_poolings(proto):
