@@ -236,7 +236,7 @@ def _table(exported, options):
     rows = [("artefact", "size", "runtime", "difference", "latency")]
     for artefact in exported:
         worst = artefact.verification.worst if artefact.verification else {}
-        first = (str(artefact.path), f"{_size(artefact.path) / 1e6:.2f} MB")
+        first = (str(artefact.path), f"{_size(artefact.path) / 1e6:.3g} MB")
         for runtime in worst or artefact.latencies or ["-"]:
             difference = f"{worst[runtime].relative:.1e}" if runtime in worst else "-"
             seconds = artefact.latencies.get(runtime)

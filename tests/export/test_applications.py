@@ -20,7 +20,7 @@ FAMILIES = {
     "EfficientNetB0": 64,
     "EfficientNetV2B0": 64,
     "InceptionResNetV2": 107,
-    "InceptionV3": 139,
+    "InceptionV3": 224,
     "MobileNet": 64,
     "MobileNetV2": 64,
     "MobileNetV3Large": 64,
