@@ -20,7 +20,7 @@ FAMILIES = {
     "EfficientNetB0": 64,
     "EfficientNetV2B0": 64,
     "InceptionResNetV2": 107,
-    "InceptionV3": 224,
+    "InceptionV3": 107,
     "MobileNet": 64,
     "MobileNetV2": 64,
     "MobileNetV3Large": 64,
@@ -107,8 +107,9 @@ def check(family, tmp_path, record=None):
     found["rounding"] = differences(run_model(model, np.nextafter(x, np.float32(np.inf))), expected)
     print(family, {kind: {name: f"{value:.1e}" for name, value in row.items()} for kind, row in found.items()})
     assert inner_transposes(onnx.load(path)) == []
+    # InceptionV3 itself moves by 1e-4.
     for kind in ("onnx", "saved_model"):
-        assert max(found[kind].values()) <= TOLERANCE, found
+        assert all(found[kind][name] <= max(TOLERANCE, 3 * found["rounding"][name]) for name in expected), found
 
 
 def test_mobilenet(tmp_path):
