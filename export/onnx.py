@@ -48,7 +48,8 @@ def export_onnx(
     input and nowhere else. The metadata of the file say what made it and what was folded. The file appears under its
     name only when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
 
-    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``.
+    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``; the
+    converter takes memory of about ten times their size, or more.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
