@@ -2,7 +2,7 @@
 
     python benchmarks/export_latency.py
 
-takes a quarter of an hour. The models have random scales, offsets and proxies, and images of 224x224 pixels; all that a
+takes half an hour. The models have random scales, offsets and proxies, and images of 224x224 pixels; all that a
 runtime runs takes turns in one process. The ratios are to Keras's export of the model with batch norm, and to its
 export of the model with Keras's group norm, in the same runtime; Keras exports for any batch size, this package for 1.
 Batch norm through this package is folded into constants, as other tools freeze it. OpenVINO runs the ONNX files, in

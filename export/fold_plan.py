@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
@@ -16,6 +15,8 @@ from keras_proxynorm.surgery.graph import Graph
 from keras_proxynorm.surgery.layer_kinds import CONVOLUTIONS
 from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
 from keras_proxynorm.surgery.layer_kinds import SEPARABLE
+from keras_proxynorm.surgery.layer_kinds import data_axis
+from keras_proxynorm.surgery.linear_weights import as_float64
 from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
 from keras_proxynorm.surgery.planning import channel_axis
 from keras_proxynorm.surgery.rescaling import Absorption
@@ -191,8 +192,8 @@ def _folding(layer, path):
     activation, groups, epsilon = None, getattr(layer, "groups", None), getattr(layer, "epsilon", 0.0)
     if isinstance(layer, keras.layers.BatchNormalization):
         scale, offset = _affine(layer, layer.moving_mean.shape[0])
-        output_scale = scale / np.sqrt(_float64(layer.moving_variance) + epsilon)
-        output_offset = offset - _float64(layer.moving_mean) * output_scale
+        output_scale = scale / np.sqrt(as_float64(layer.moving_variance) + epsilon)
+        output_offset = offset - as_float64(layer.moving_mean) * output_scale
         scale, offset, epsilon = np.ones_like(scale), np.zeros_like(offset), 0.0
     elif isinstance(layer, keras.layers.GroupNormalization):
         output_scale, output_offset = _affine(layer, layer.input_spec.axes[channel_axis(layer)])
@@ -221,12 +222,8 @@ def _folding(layer, path):
 
 
 def _affine(layer, count):
-    gamma = _float64(layer.gamma) if layer.scale else np.ones(count)
-    return gamma, (_float64(layer.beta) if layer.center else np.zeros(count))
-
-
-def _float64(weight):
-    return ops.convert_to_numpy(weight).astype("float64")
+    gamma = as_float64(layer.gamma) if layer.scale else np.ones(count)
+    return gamma, (as_float64(layer.beta) if layer.center else np.zeros(count))
 
 
 def _into_layer_in_front(folding, graph, call, calls):
@@ -241,7 +238,7 @@ def _into_layer_in_front(folding, graph, call, calls):
         and len(graph.consumers(tensor)) == 1
         and tensor not in graph.outputs
         and why_weights_are_fixed(linear) is None
-        and folding.axis % len(graph.shapes[tensor]) == _filter_axis(linear, len(graph.shapes[tensor]))
+        and folding.axis % len(graph.shapes[tensor]) == data_axis(linear, len(graph.shapes[tensor]))
     ):
         ones, zeros = np.ones_like(folding.scale), np.zeros_like(folding.scale)
         return dataclasses.replace(
@@ -253,7 +250,3 @@ def _into_layer_in_front(folding, graph, call, calls):
             output_offset=zeros,
         )
     return folding
-
-
-def _filter_axis(layer, rank):
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1

@@ -8,6 +8,7 @@ __all__ = [
     "NORMALIZATIONS",
     "SEPARABLE",
     "absorbs_offset",
+    "data_axis",
     "pads_with_zeros",
     "passes_affine",
     "passes_offset",
@@ -49,6 +50,11 @@ _LINEAR = (
     *_classes("Dense", "EinsumDense"),
     *_classes("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
 )
+
+
+def data_axis(layer: keras.layers.Layer, rank: int) -> int:
+    """The channel axis of a linear or pooling layer, of its input and its output of this rank."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
 def passes_affine(operation: keras.Operation) -> bool:

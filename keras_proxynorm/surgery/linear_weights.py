@@ -7,7 +7,7 @@ from keras import ops
 from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
 from keras_proxynorm.surgery.layer_kinds import SEPARABLE
 
-__all__ = ["LinearWeights", "why_weights_are_fixed"]
+__all__ = ["LinearWeights", "as_float64", "why_weights_are_fixed"]
 
 
 class LinearWeights:
@@ -18,12 +18,12 @@ class LinearWeights:
     """
 
     def __init__(self, layer: keras.layers.Layer):
-        self._kernels = {name: _float64(getattr(layer, name)) for name in _kernel_names(layer)}
+        self._kernels = {name: as_float64(getattr(layer, name)) for name in _kernel_names(layer)}
         self._is_depthwise = isinstance(layer, (*DEPTHWISE, *SEPARABLE))
         last = list(self._kernels.values())[-1]
         filters = last.shape[-2] * last.shape[-1] if isinstance(layer, DEPTHWISE) else last.shape[-1]
         bias = getattr(layer, "bias", None)
-        self._bias = np.zeros(filters) if bias is None else _float64(bias)
+        self._bias = np.zeros(filters) if bias is None else as_float64(bias)
 
     def response(self, shift: np.ndarray) -> np.ndarray:
         """The kernel by which a vector over input channels, times `shift`, becomes one over output channels."""
@@ -72,7 +72,8 @@ def _kernel_names(layer):
     return ("depthwise_kernel", "pointwise_kernel") if isinstance(layer, SEPARABLE) else ("kernel",)
 
 
-def _float64(weight):
+def as_float64(weight) -> np.ndarray:
+    """A weight as a NumPy array of float64."""
     return ops.convert_to_numpy(weight).astype("float64")
 
 

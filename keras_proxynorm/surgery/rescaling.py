@@ -17,6 +17,7 @@ from keras_proxynorm.surgery.layer_kinds import CONVOLUTIONS
 from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
 from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
 from keras_proxynorm.surgery.layer_kinds import SEPARABLE
+from keras_proxynorm.surgery.layer_kinds import data_axis
 from keras_proxynorm.surgery.layer_kinds import pads_with_zeros
 from keras_proxynorm.surgery.layer_kinds import passes_affine
 from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
@@ -207,7 +208,7 @@ class _Search:
         """Why the weights of `operation` cannot take `rescaling` in; None if they can."""
         kind = type(operation).__name__
         if type(operation) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE):
-            axis = _channel_axis(operation, len(graph.shapes[tensor]))
+            axis = data_axis(operation, len(graph.shapes[tensor]))
             padding = getattr(operation, "padding", "valid")
             shifts = rescaling is None or rescaling.has_shift
             if shifts and padding != "valid" and set(operation.kernel_size) != {1}:
@@ -227,10 +228,6 @@ class _Search:
         return why_weights_are_fixed(operation)
 
 
-def _channel_axis(layer, rank):
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
-
-
 def _passed(operation, given, shapes):
     """The rescaling of the output of an operation that passes those of its inputs on; None if it does not."""
     if passes_affine(operation) or (pads_with_zeros(operation) and not given[0].has_shift):
@@ -242,7 +239,7 @@ def _passed(operation, given, shapes):
 def _through(layer, rescaling, shape):
     if isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
         return rescaling
-    if rescaling.axis != _channel_axis(layer, len(shape)):
+    if rescaling.axis != data_axis(layer, len(shape)):
         return None
     if type(layer).__name__.startswith("Global") and not layer.keepdims:
         return rescaling._replace(axis=1)
@@ -252,7 +249,7 @@ def _through(layer, rescaling, shape):
 def _flattened(layer, given, shapes):
     (rescaling,), (shape,) = given, shapes
     positions = [size for axis, size in enumerate(shape[1:], start=1) if axis != rescaling.axis]
-    if None in positions or rescaling.axis != _channel_axis(layer, len(shape)):
+    if None in positions or rescaling.axis != data_axis(layer, len(shape)):
         return None
     count = math.prod(positions)
 
