@@ -1,7 +1,6 @@
 """Export to ONNX, for ONNX Runtime, OpenVINO and other inference engines."""
 
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +15,14 @@ from keras_proxynorm.export.folding import fold_if_possible
 from keras_proxynorm.export.folding import fold_with_report
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
+from keras_proxynorm.export.onnx_weights import data_files
+from keras_proxynorm.export.onnx_weights import save
+from keras_proxynorm.export.onnx_weights import store_as_float16
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import fitting_runtimes
 from keras_proxynorm.export.verification import verify_served
 
 __all__ = ["export_onnx"]
-
-# Bytes. A file may have 2 GB; the weights of larger models go into a file beside it.
-_LARGEST_FILE = 1.5e9
 
 
 def export_onnx(
@@ -48,8 +47,8 @@ def export_onnx(
     input and nowhere else. The metadata of the file say what made it and what was folded. The file appears under its
     name only when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
 
-    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``; the
-    converter takes memory of about ten times their size, or more.
+    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``. Export
+    takes memory of about four times the size of the weights, the model and its folded copy among them.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
@@ -64,8 +63,8 @@ def export_onnx(
         fold: If True, export the inference form of the model, see `fold`; a model that cannot be folded is exported as
             it is, with a warning. Defaults to True.
         verify: If True, run the file in a fresh process, in those of ONNX Runtime and OpenVINO that are installed, and
-            compare it with the model, see `verify`. Or a function to call in its place, with the same arguments.
-            Defaults to True.
+            compare it with the model, see `verify`. Or a function to call in its place, with the same arguments, such
+            as ``functools.partial(verify, runtimes=["onnxruntime"])``. Defaults to True.
         float16_weights: If True, round the kernels to float16 and store them so, which halves the file. Computations
             are in float32, as fast as before, and the file is compared with a model that has the rounded kernels.
             Needs a model that can be folded. Defaults to False.
@@ -118,14 +117,17 @@ def export_onnx(
         served, folded = _with_float16_kernels(model, fold)
     elif fold:
         served, folded = fold_if_possible(model, through_gates=True)
-    proto = convert(*serving_function(model, batch_size, input_shape, "onnx", served), opset)
+    serve, signature = serving_function(model, batch_size, input_shape, "onnx", served)
+    proto, arrays = convert(serve, signature, opset, served.variables)
     if float16_weights:
-        _store_as_float16(proto)
+        store_as_float16(proto, arrays)
     _describe(proto, folded)
-    old, new = _data_files(path), None
+    old, new = data_files(path), None
     try:
         with replacing(path, overwrite) as temporary:
-            data = _save(proto, temporary, path.name)
+            data = save(proto, arrays, temporary, path.name)
+            # What checks the file needs the memory.
+            del proto, arrays
             _check(temporary, opset)
             if verify is True:
                 # Rounding the kernels was asked for; nothing else may differ.
@@ -159,46 +161,12 @@ def _with_float16_kernels(model, fold):
     return folded, str(report)
 
 
-def _store_as_float16(proto):
-    """Stores the weights that float16 can hold as float16, behind casts that an engine computes when it loads them."""
-    import onnx
-
-    casts = []
-    for tensor in proto.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue
-        value = onnx.numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = value.astype("float16")
-        if np.array_equal(half, value):
-            name = tensor.name
-            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}__float16"))
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *proto.graph.node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-
-
 def _describe(proto, folded):
     import onnx
 
     proto.producer_name, proto.producer_version = "keras_proxynorm", keras_proxynorm.__version__
     versions = {"keras_proxynorm": keras_proxynorm.__version__, "keras": keras.__version__}
     onnx.helper.set_model_props(proto, {**versions, "folded": folded})
-
-
-def _save(proto, path, name):
-    """Writes the model; returns the path of the file beside it that has the weights of a large one, or None."""
-    import onnx
-
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < _LARGEST_FILE:
-        onnx.save_model(proto, path)
-        return None
-    # Another name each time, so that an old file beside it never reads new weights.
-    location = f"{name}-{secrets.token_hex(4)}.data"
-    onnx.save_model(proto, path, save_as_external_data=True, location=location)
-    data = path.parent / location
-    return data if data.exists() else None
 
 
 def _check(path, opset):
@@ -209,17 +177,3 @@ def _check(path, opset):
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ValueError(f"Argument `model` gives a graph that is not valid ONNX of opset {opset}: {error}") from error
-
-
-def _data_files(path):
-    """The names of the files beside an ONNX file that have its weights."""
-    import onnx
-
-    if not path.exists():
-        return set()
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception:  # something else, which is to be overwritten
-        return set()
-    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"]
-    return {entry.value for entry in entries if entry.value.startswith(f"{path.name}-")}

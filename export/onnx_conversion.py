@@ -4,20 +4,33 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 
 from keras_proxynorm.export.logs import errors_of
 from keras_proxynorm.export.onnx_layout import infer_tensors
 from keras_proxynorm.export.onnx_layout import remove_transposes
+from keras_proxynorm.export.onnx_weights import initializer
+from keras_proxynorm.export.onnx_weights import is_large
+from keras_proxynorm.export.onnx_weights import value_of
 
 __all__ = ["check_opset", "convert"]
 
 # Read by every ONNX Runtime since 1.12; the converter's own default is older.
 _DEFAULT_OPSET = 17
 _LOWEST_OPSET = 13
-# Bytes of weights that the converter can be given in one message, which has 2 GB at most.
-_LARGEST_MESSAGE = 1.5e9
+# Operations of TensorFlow that the converter takes a weight for that is not a constant, without a loss.
+_READERS = {
+    *str.split(
+        "BatchMatMulV2 Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInputV2 DepthwiseConv2dNative Einsum GatherV2 "
+        "MatMul"
+    )
+}
+# Operations of TensorFlow, and then of ONNX, that change the shape or the dtype of a weight and nothing else.
+_TENSORFLOW_RESHAPING = {"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze", "Transpose"}
+_ONNX_RESHAPING = {"Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def check_opset(opset: int | None) -> int:
@@ -44,33 +57,27 @@ def check_opset(opset: int | None) -> int:
     return opset
 
 
-def convert(serve: Callable, signature: list, opset: int):
+def convert(serve: Callable, signature: list, opset: int, weights: Sequence = ()) -> tuple:
     """Converts a function of tensors that returns a dict of tensors.
 
     Args:
         serve: The function.
         signature: List of named `tf.TensorSpec`, one for each argument.
         opset: The version of the ONNX operator set.
+        weights: The variables of Keras that the function may read. Large ones are spared the converter, which copies
+            a constant at each of its steps.
 
     Returns:
-        An `onnx.ModelProto`, with the names of the signature and of the dict, and in their order.
+        ``(proto, arrays)``: an `onnx.ModelProto`, with the names of the signature and of the dict, and in their order;
+        and the values of its large weights, by name, see `onnx_weights`.
 
     Raises:
         ValueError: If an operation has no ONNX form, or if an input and an output have the same name.
     """
-    import tensorflow as tf
     import tf2onnx.convert
 
-    names: list[str] = []
-
-    def traced(*tensors):
-        with _functions_inlined():
-            outputs = serve(*tensors)
-        names[:] = outputs
-        return outputs
-
-    function = tf.function(traced, input_signature=signature, autograph=False)
-    with errors_of("tf2onnx") as errors, _numpy_1_names():
+    with errors_of("tf2onnx") as errors:
+        function, inputs, names, spared = _trace(serve, signature, [weight for weight in weights if _is_spared(weight)])
         concrete = function.get_concrete_function()
         shared = {spec.name for spec in signature} & set(names)
         if shared:
@@ -78,16 +85,14 @@ def convert(serve: Callable, signature: list, opset: int):
                 "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
                 f"names for both. Received: an input and an output with name={shared.pop()!r}"
             )
-        size = sum(variable.dtype.size * int(np.prod(variable.shape)) for variable in concrete.variables)
         handlers = {"Erfc": _erfc, "Expm1": _expm1, "FusedBatchNormV3": _instance_normalization}
         try:
-            proto, weights = tf2onnx.convert.from_function(
+            proto, _ = tf2onnx.convert.from_function(
                 function,
-                signature,
+                inputs,
                 opset=opset,
                 custom_op_handlers={op: (handler, []) for op, handler in handlers.items()},
                 custom_rewriter=[_find_hard_sigmoids],
-                large_model=size > _LARGEST_MESSAGE,
             )
         except Exception as error:
             raise ValueError(f"Argument `model` has no form in ONNX of opset {opset}: {error}") from error
@@ -97,16 +102,49 @@ def convert(serve: Callable, signature: list, opset: int):
             "Argument `model` must consist of operations that have an ONNX form. Replace the layer in question, or use "
             "export_saved_model, which takes them all. Received from tf2onnx:\n" + "\n".join(errors)
         )
-    _captured_to_constants(proto, concrete)
     # TensorFlow sorts them by name.
     proto.graph.output.sort(key=lambda output: names.index(output.name))
-    if weights is not None:
-        _load(proto, weights.name_to_tensor_data)
-    remove_transposes(proto)
-    _merge_biases(proto)
+    arrays: dict[str, np.ndarray] = {}
+    _inputs_to_constants(proto, {**spared, **_captured(concrete)}, arrays)
+    _compute_weights(proto, arrays)
+    remove_transposes(proto, arrays)
+    _merge_biases(proto, arrays)
     _keep_zeros_in_front_of_poolings(proto)
-    _remove_unused_weights(proto)
-    return proto
+    _remove_unused_weights(proto, arrays)
+    return proto, arrays
+
+
+def _is_spared(weight):
+    return "float" in weight.dtype and is_large(weight.shape, keras.backend.standardize_dtype(weight.dtype))
+
+
+def _trace(serve, signature, weights):
+    """The function with weights as inputs.
+
+    Returns:
+        ``(function, signature, names, values)``: the function with its signature, the names of its outputs, and the
+        values of the weights among its inputs, by name.
+    """
+    import tensorflow as tf
+
+    names: list[str] = []
+    specs = [tf.TensorSpec(x.shape, x.dtype, f"keras_proxynorm.weight.{i}") for i, x in enumerate(weights)]
+
+    def traced(*tensors):
+        values = tensors[len(signature) :]
+        with _functions_inlined(), keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
+            outputs = serve(*tensors[: len(signature)])
+        names[:] = outputs
+        return outputs
+
+    function = tf.function(traced, input_signature=[*signature, *specs], autograph=False)
+    tensors = function.get_concrete_function().inputs[len(signature) :]
+    readers = [_readers(tensor) for tensor in tensors[: len(specs)]]
+    spared = [weight for weight, types in zip(weights, readers, strict=True) if types <= _READERS]
+    if len(spared) < len(weights):
+        return _trace(serve, signature, spared)
+    values = {spec.name: keras.ops.convert_to_numpy(weight) for spec, weight in zip(specs, weights, strict=True)}
+    return function, [*signature, *specs], names, values
 
 
 @contextlib.contextmanager
@@ -122,49 +160,54 @@ def _functions_inlined():
         tf.config.run_functions_eagerly(eagerly)
 
 
-@contextlib.contextmanager
-def _numpy_1_names():
-    """Names of NumPy 1 that tf2onnx still uses for large models."""
-    missing = {name: new for name, new in {"product": np.prod}.items() if not hasattr(np, name)}
-    for name, new in missing.items():
-        setattr(np, name, new)
-    try:
-        yield
-    finally:
-        for name in missing:
-            delattr(np, name)
+def _readers(tensor):
+    """The types of the operations that read a tensor, or something of another shape or dtype."""
+    types = set()
+    for reader in tensor.consumers():
+        if reader.type in _TENSORFLOW_RESHAPING:
+            types |= _readers(reader.outputs[0])
+        else:
+            types.add(reader.type)
+    return types
 
 
-def _load(proto, weights):
-    """Puts weights into a model that only refers to them."""
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == tensor.EXTERNAL:
-            (location,) = [entry.value for entry in tensor.external_data if entry.key == "location"]
-            del tensor.external_data[:]
-            tensor.ClearField("data_location")
-            tensor.raw_data = weights[location]
-
-
-def _captured_to_constants(proto, concrete):
-    """Takes tensors that the function refers to, and that the converter makes inputs of, for the constants they are."""
-    import onnx
-
+def _captured(concrete):
+    """The values of the tensors that a function refers to, by name."""
     own = len(concrete.inputs) - len(concrete.captured_inputs)
-    values = {
-        tensor.name: value
+    return {
+        tensor.name: value.numpy()
         for tensor, value in zip(concrete.inputs[own:], concrete.captured_inputs, strict=True)
         if tensor.dtype != "resource"
     }
+
+
+def _inputs_to_constants(proto, values, arrays):
+    """Makes inputs of the graph constants."""
     inputs = [tensor for tensor in proto.graph.input if tensor.name not in values]
-    constants = [tensor.name for tensor in proto.graph.input if tensor.name in values]
+    constants = [initializer(t.name, values[t.name], arrays) for t in proto.graph.input if t.name in values]
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(values[name].numpy(), name) for name in constants)
+    proto.graph.initializer.extend(constants)
 
 
-def _merge_biases(proto):
+def _compute_weights(proto, arrays):
+    """Computes what only gives large weights another shape or dtype."""
+    import onnx.reference
+
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in list(proto.graph.node):
+        if node.op_type not in _ONNX_RESHAPING or node.input[0] not in arrays or not constants.keys() >= {*node.input}:
+            continue
+        values = {name: value_of(constants[name], arrays) for name in node.input}
+        (value,) = onnx.reference.ReferenceEvaluator(node, opsets=opsets).run(None, values)
+        constants[node.output[0]] = initializer(node.output[0], value, arrays)
+        proto.graph.initializer.append(constants[node.output[0]])
+        proto.graph.node.remove(node)
+
+
+def _merge_biases(proto, arrays):
     """Makes what is added to the channels behind a convolution its bias, as the converter does for most."""
-    import onnx
 
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     readers = collections.Counter(name for node in proto.graph.node for name in node.input)
@@ -177,10 +220,10 @@ def _merge_biases(proto):
             continue
         for name, summand in (node.input, node.input[::-1]):
             if name in convolutions and summand in constants and readers[name] == 1:
-                convolution, value = convolutions[name], onnx.numpy_helper.to_array(constants[summand])
+                convolution, value = convolutions[name], value_of(constants[summand], arrays)
                 filters, _, *kernel = constants[convolution.input[1]].dims
                 if value.shape in ((filters, *(1 for _ in kernel)), (1, filters, *(1 for _ in kernel))):
-                    bias = onnx.numpy_helper.from_array(value.reshape(-1), f"{node.output[0]}__bias")
+                    bias = initializer(f"{node.output[0]}__bias", value.reshape(-1), arrays)
                     proto.graph.initializer.append(bias)
                     convolution.input.append(bias.name)
                     convolution.output[0] = node.output[0]
@@ -188,7 +231,7 @@ def _merge_biases(proto):
                     break
 
 
-def _remove_unused_weights(proto):
+def _remove_unused_weights(proto, arrays):
     def used(graph):
         for node in graph.node:
             yield from node.input
@@ -201,6 +244,8 @@ def _remove_unused_weights(proto):
     weights = [tensor for tensor in proto.graph.initializer if tensor.name in names]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(weights)
+    for name in arrays.keys() - names:
+        del arrays[name]
 
 
 def _keep_zeros_in_front_of_poolings(proto):

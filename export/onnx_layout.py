@@ -2,6 +2,9 @@
 
 import math
 
+from keras_proxynorm.export.onnx_weights import initializer
+from keras_proxynorm.export.onnx_weights import value_of
+
 __all__ = ["infer_tensors", "remove_transposes"]
 
 # Operations on each element of their first input; the other inputs are scalars.
@@ -26,7 +29,7 @@ _RESHAPE = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 _KEEPS_RANK = _UNARY | _BROADCAST | {*_ALONG_AXIS, "Concat", "Pad", "Slice", "Tile"}
 
 
-def remove_transposes(proto) -> None:
+def remove_transposes(proto, arrays: dict | None = None) -> None:
     """Rewrites the graph of an `onnx.ModelProto` in place, so that as few transpositions as possible are computed.
 
     No transposition is written down where it occurs. It stays a note on its result, which says how this follows from
@@ -40,8 +43,9 @@ def remove_transposes(proto) -> None:
 
     Args:
         proto: A valid model of opset 13 or later. Graphs inside its nodes are left as they are.
+        arrays: The values of its large weights by name, see `onnx_weights`; those of new ones are added.
     """
-    _Rewriter(proto).run()
+    _Rewriter(proto, {} if arrays is None else arrays).run()
 
 
 def infer_tensors(proto) -> list:
@@ -71,10 +75,11 @@ class _Rewriter:
     A permutation reads as in Transpose: axis ``i`` of the result is axis ``perm[i]`` of what it is made from.
     """
 
-    def __init__(self, proto):
+    def __init__(self, proto, arrays):
         import onnx
 
         self.onnx = onnx
+        self.arrays = arrays
         self.graph = proto.graph
         # What converters note of shapes is not always true after their own optimizations.
         del self.graph.value_info[:]
@@ -329,7 +334,7 @@ class _Rewriter:
 
     def constant(self, name, value):
         name = self.name(name)
-        self.constants[name] = self.onnx.numpy_helper.from_array(value, name)
+        self.constants[name] = initializer(name, value, self.arrays)
         self.shapes[name] = value.shape
         return name
 
@@ -339,7 +344,7 @@ class _Rewriter:
         return self.constant("axes", np.array([*map(int, values)], np.int64))
 
     def array(self, name):
-        return self.onnx.numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+        return value_of(self.constants[name], self.arrays) if name in self.constants else None
 
     def name(self, like):
         """A new name like another."""

@@ -388,7 +388,7 @@ def _reference_calls(model, served, inputs, input_shape, rng):
         if not calls:
             raise ValueError(f"Argument `model` must take inputs that are all zero, for one. Received:\n{refusal}")
         for _ in range(_ROUNDING_DRAWS):
-            moved_weights = [_move(x, unit, rng) for x in weights]
+            moved_weights = [tf.constant(_move(keras.ops.convert_to_numpy(x), unit, rng)) for x in weights]
             for call in calls:
                 # What an embedding does not take if it is moved is left at no rounding.
                 with contextlib.suppress(tf.errors.InvalidArgumentError):
@@ -412,7 +412,6 @@ def _evaluation(model, serve, signature):
     import tensorflow as tf
 
     variables = [variable for variable in model.variables if "float" in variable.dtype]
-    weights = [keras.ops.convert_to_numpy(variable) for variable in variables]
 
     def function(values, inputs):
         # The weights that are tried out stay out of the user's model.
@@ -426,10 +425,11 @@ def _evaluation(model, serve, signature):
     unit = max(_UNITS.get(dtype, _FLOAT32_UNIT) for dtype in dtypes)
 
     def evaluate(values, inputs):
-        outputs = traced([tf.constant(x) for x in values], [tf.constant(inputs[spec.name]) for spec in signature])
+        outputs = traced(values, [tf.constant(inputs[spec.name]) for spec in signature])
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
-    return evaluate, weights, unit
+    # Not copied: these may be large.
+    return evaluate, [tf.convert_to_tensor(variable) for variable in variables], unit
 
 
 def _draw(name, spec, batch_size, rng):

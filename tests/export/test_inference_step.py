@@ -86,7 +86,7 @@ def _compute_onnx(step, signature, x):
         with traced_for("onnx"):
             return {"y": step(x)}
 
-    proto = convert(serve, signature, 17)
+    proto = convert(serve, signature, 17)[0]
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 

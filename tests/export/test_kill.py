@@ -18,7 +18,7 @@ from layers.samples import normal
 
 from keras_proxynorm.export import export_onnx
 from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import onnx as onnx_export
+from keras_proxynorm.export import onnx_weights
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
@@ -34,7 +34,7 @@ import json, os, signal, sys
 import keras, numpy as np, onnx, tensorflow, tf2onnx.convert
 import keras_proxynorm as kp
 from keras_proxynorm.export import export_onnx, export_saved_model
-from keras_proxynorm.export import onnx as onnx_export
+from keras_proxynorm.export import onnx_weights
 
 
 def die():
@@ -43,7 +43,7 @@ def die():
 
 def run(kind, target, overwrite, step, large, slowly):
     if large:
-        onnx_export._LARGEST_FILE = 100
+        onnx_weights._LARGE, onnx_weights._LARGEST_FILE = 100, 100
     steps = 0
     armed = False
 
@@ -150,7 +150,8 @@ class Target:
             model.add(keras.layers.Dense(4))
             with monkeypatch.context() as context:
                 if self.large:
-                    context.setattr(onnx_export, "_LARGEST_FILE", 10)
+                    context.setattr(onnx_weights, "_LARGE", 10)
+                    context.setattr(onnx_weights, "_LARGEST_FILE", 10)
                 if self.kind == "onnx":
                     export_onnx(model, self.path, overwrite=True)
                 else:
