@@ -169,6 +169,19 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         )
         return ops.cast(outputs, self.compute_dtype)
 
+    def normalize_inputs(self, inputs, mask=None):
+        """The normalized inputs ``y``, which `gamma`, `beta`, the activation and proxy normalization are applied to.
+
+        Args:
+            inputs: Tensor, as for a call of the layer.
+            mask: As for a call of the layer.
+
+        Returns:
+            A tensor of the shape of `inputs`, in the dtype that the layer computes statistics in.
+        """
+        self._check_dtype(inputs)
+        return self._normalize(ops.cast(inputs, computation_dtype(inputs.dtype, self.variable_dtype)), mask)
+
     def activation_moments(self, dtype=None):
         """Mean and variance of the activation under the proxy, by which the output is normalized.
 
@@ -225,6 +238,10 @@ class ProxyNormalizationLayer(keras.layers.Layer):
             axis=self._channel_axis(x.shape),
             proxy_epsilon=self.proxy_epsilon,
         )
+
+    def _normalize(self, x, mask):
+        """The first step of `_normalize_and_activate` alone; here there is none."""
+        return x
 
     def _check_channels(self, input_shape, channels):
         """Raises a ValueError if the layer cannot have this many channels."""

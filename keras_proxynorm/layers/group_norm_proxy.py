@@ -185,5 +185,10 @@ class GroupNormProxy(ProxyNormalizationLayer):
             mask=mask,
         )
 
+    def _normalize(self, x, mask):
+        axis = self._channel_axis(x.shape)
+        groups = x.shape[axis] if self.groups == -1 else self.groups
+        return kernels.normalize(x, *kernels.group_moments(x, groups, axis, mask), None, None, self.epsilon)
+
     def get_config(self):
         return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

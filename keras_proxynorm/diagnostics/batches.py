@@ -1,0 +1,108 @@
+"""The batches of whatever a user would pass to `fit`, one at a time."""
+
+import itertools
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+__all__ = ["Batch", "batches", "check_model"]
+
+# Inputs, targets and sample weights; the last two may be None.
+Batch = tuple
+
+
+def check_model(model) -> None:
+    """Raises a ValueError unless `model` is a model with weights."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
+    if not model.built:
+        raise ValueError(
+            "Argument `model` must be built, so that it has weights: call it on a batch, or begin a Sequential with a "
+            f"keras.Input. Received: model={model!r}"
+        )
+
+
+def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int = 0) -> Iterator[Batch]:
+    """Goes through data once.
+
+    Args:
+        data: Inputs, or a tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, of arrays or tensors or
+            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader or any other
+            iterable of such batches.
+        batch_size: Positive integer, the size of the batches that arrays are cut into.
+        steps: Positive integer, the largest number of batches, or None for all.
+        verbose: 1 for a progress bar, 0 for none.
+
+    Yields:
+        Tuples ``(inputs, targets, sample_weights)``.
+
+    Raises:
+        ValueError: If an argument is not of the form above, or if there is no batch.
+    """
+    for name, value in {"batch_size": batch_size, "steps": steps}.items():
+        if (name, value) != ("steps", None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            optional = " or None" if name == "steps" else ""
+            raise ValueError(f"Argument `{name}` must be a positive integer{optional}. Received: {name}={value!r}")
+    return _with_progress(*_source(data, batch_size), steps, verbose)
+
+
+def _source(data, batch_size) -> tuple[Iterable, int | None]:
+    """All batches, and how many there are if that is known."""
+    if isinstance(data, keras.utils.PyDataset):
+        count = data.num_batches
+        indices = itertools.count() if count is None else iter(range(count or 0))
+        return (data[index] for index in indices), count
+    leaves = keras.tree.flatten(data)
+    if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
+        sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}
+        if len(sizes) > 1 or not all(sizes):
+            raise ValueError(
+                "Argument `data` must have arrays with one number of samples along their first axis, not 0. "
+                f"Received: arrays of shapes {[tuple(leaf.shape) for leaf in leaves]}"
+            )
+        (size,) = sizes
+        starts = range(0, size, batch_size)
+        cut = (keras.tree.map_structure(lambda x, i=i: x[i : i + batch_size], data) for i in starts)
+        return cut, len(starts)
+    if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
+        raise ValueError(
+            "Argument `data` must be arrays, a tuple (inputs, targets), or a dataset of batches. "
+            f"Received: data of the type {type(data).__name__}"
+        )
+    try:
+        count = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        # Datasets of TensorFlow whose length is unknown or infinite, and generators.
+        count = None
+    return data, count
+
+
+def _with_progress(source, count, steps, verbose):
+    if steps is not None:
+        count = steps if count is None else min(count, steps)
+    bar = keras.utils.Progbar(count, verbose=verbose, unit_name="batch")
+    done = 0
+    for done, batch in enumerate(source, 1):
+        yield _as_batch(batch)
+        bar.update(done)
+        if done == steps:
+            break
+    if not done:
+        raise ValueError("Argument `data` must have at least one batch. Received: data without any")
+    if count is None:
+        bar.update(done, finalize=True)
+
+
+def _as_batch(batch):
+    if keras.backend.backend() != "tensorflow":
+        # Tensors of TensorFlow, from its datasets.
+        batch = keras.tree.map_structure(_as_array, batch)
+    return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def _as_array(x):
+    if x is None:
+        return None
+    return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) else np.asarray(x)

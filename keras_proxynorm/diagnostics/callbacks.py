@@ -1,0 +1,189 @@
+"""Keras callbacks that log the diagnostics during `fit`."""
+
+import abc
+import os
+
+import keras
+
+from keras_proxynorm.diagnostics.landscape import loss_landscape
+from keras_proxynorm.diagnostics.power import power_decomposition
+from keras_proxynorm.diagnostics.signal import signal_propagation
+
+__all__ = ["LogLossLandscape", "LogPowerDecomposition", "LogSignalPropagation"]
+
+
+class _Log(keras.callbacks.Callback, abc.ABC):
+    """Measures at the end of epochs, and hands on what it finds."""
+
+    # What the names of the numbers begin with.
+    prefix: str
+
+    def __init__(self, every: int = 1, log_dir: str | os.PathLike | None = None):
+        super().__init__()
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Argument `every` must be a positive integer, of epochs. Received: every={every!r}")
+        self.every = every
+        self.log_dir = None if log_dir is None else os.fspath(log_dir)
+        self.results: dict[int, object] = {}
+        self._writer = None
+
+    @abc.abstractmethod
+    def measure(self):
+        """Measures once, now; returns the result and a dict of numbers."""
+
+    def on_train_begin(self, logs=None):
+        self.results = {}
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        self.results[epoch], numbers = self.measure()
+        # Not into `logs`, which the progress bar would print.
+        history = getattr(getattr(self.model, "history", None), "history", {})
+        for name, value in numbers.items():
+            history.setdefault(f"{self.prefix}/{name}", []).append(value)
+        if self.log_dir is not None:
+            self._write(epoch, numbers)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, epoch, numbers):
+        import tensorflow as tf
+
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "diagnostics"))
+        with self._writer.as_default():
+            for name, value in numbers.items():
+                tf.summary.scalar(f"{self.prefix}/{name}", value, step=epoch)
+        self._writer.flush()
+
+
+class LogPowerDecomposition(_Log):
+    """Logs the power decomposition of the normalization layers every few epochs of `fit`.
+
+    The numbers go into the History of `fit`, under the names ``"power_decomposition/P1/<layer>"`` to ``P4``, one for
+    each epoch with a measurement, and to TensorBoard under the same names. The results are in ``.results``, by epoch.
+
+    It costs a forward pass over the data that is not compiled, which takes about as long as a training step on the same
+    number of samples.
+
+    Args:
+        data: Inputs, as in `power_decomposition`. Some tens of samples do.
+        layers: As in `power_decomposition`.
+        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
+        log_dir: Optional directory of TensorBoard, such as that of `keras.callbacks.TensorBoard`; the subdirectory
+            "diagnostics" is written.
+        training: As in `power_decomposition`. Defaults to False.
+        batch_size: As in `power_decomposition`. Defaults to 32.
+        steps: As in `power_decomposition`.
+
+    Raises:
+        ValueError: If an argument is not of the form above.
+
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import LogPowerDecomposition
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
+    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogPowerDecomposition(images)], verbose=0)
+    >>> len(history.history["power_decomposition/P1/norm"])
+    2
+    """
+
+    prefix = "power_decomposition"
+
+    def __init__(self, data, layers=None, *, every=1, log_dir=None, training=False, batch_size=32, steps=None):
+        super().__init__(every, log_dir)
+        self.data = data
+        self.options = {"layers": layers, "training": training, "batch_size": batch_size, "steps": steps}
+
+    def measure(self):
+        result = power_decomposition(self.model, self.data, verbose=0, **self.options)
+        rows = zip(result.names, result.fractions.tolist(), strict=True)
+        return result, {f"P{i + 1}/{name}": row[i] for name, row in rows for i in range(4)}
+
+
+class LogSignalPropagation(_Log):
+    """Logs the signal propagation of the network every few epochs of `fit`.
+
+    The numbers go into the History of `fit`, under names such as ``"signal_propagation/cosine/<layer>"``, one for each
+    epoch with a measurement, and to TensorBoard under the same names. The results are in ``.results``, by epoch.
+
+    It costs two forward passes and a backward pass over the data that are not compiled, which take two to three times
+    as long as training steps on the same number of samples.
+
+    Args:
+        data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
+            in `signal_propagation`.
+        layers: As in `signal_propagation`.
+        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
+        log_dir: As in `LogPowerDecomposition`.
+        training: As in `signal_propagation`. Defaults to True.
+        batch_size: As in `signal_propagation`. Defaults to 32.
+        steps: As in `signal_propagation`.
+
+    Raises:
+        ValueError: If an argument is not of the form above.
+
+    Example: as for `LogPowerDecomposition`, with ``LogSignalPropagation((images, labels))``.
+    """
+
+    prefix = "signal_propagation"
+
+    def __init__(self, data, layers=None, *, every=1, log_dir=None, training=True, batch_size=32, steps=None):
+        super().__init__(every, log_dir)
+        self.data = data
+        self.options = {"layers": layers, "training": training, "batch_size": batch_size, "steps": steps}
+
+    def measure(self):
+        result = signal_propagation(self.model, self.data, verbose=0, **self.options)
+        columns = {title: values.tolist() for title, values in result.columns().items()}
+        return result, {
+            f"{title}/{name}": value
+            for title, values in columns.items()
+            for name, value in zip(result.names, values, strict=True)
+            if value == value  # no gradients without targets
+        }
+
+
+class LogLossLandscape(_Log):
+    """Logs the loss along the gradient every few epochs of `fit`.
+
+    The numbers of `LossLandscape.to_dict` go into the History of `fit`, under names such as
+    ``"loss_landscape/effective_smoothness"``, one for each epoch with a measurement, and to TensorBoard under the same
+    names. The results are in ``.results``, by epoch.
+
+    It costs ``len(step_sizes) + 1`` forward and backward passes of the batch that are not compiled, and 6 forward
+    passes: with the default step sizes as long as 20 to 40 training steps.
+
+    Args:
+        batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
+        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
+        log_dir: As in `LogPowerDecomposition`.
+        step_sizes: As in `loss_landscape`.
+        divergence: As in `loss_landscape`. Defaults to 1.
+        training: As in `loss_landscape`. Defaults to True.
+
+    Raises:
+        ValueError: If an argument is not of the form above.
+
+    Example: as for `LogPowerDecomposition`, with ``LogLossLandscape((images, labels))``.
+    """
+
+    prefix = "loss_landscape"
+
+    def __init__(self, batch, *, every=1, log_dir=None, step_sizes=None, divergence=1.0, training=True):
+        super().__init__(every, log_dir)
+        self.batch = batch
+        self.options = {"step_sizes": step_sizes, "divergence": divergence, "training": training}
+
+    def measure(self):
+        result = loss_landscape(self.model, self.batch, **self.options)
+        return result, result.to_dict()

@@ -1,0 +1,216 @@
+"""Says in words which layers of a network are in trouble, and what to try."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.diagnostics.observation import LayerChoice
+from keras_proxynorm.diagnostics.observation import choose
+from keras_proxynorm.diagnostics.observation import is_normalization
+from keras_proxynorm.diagnostics.power import PowerDecomposition
+from keras_proxynorm.diagnostics.power import channel_powers
+from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.layers.base import ProxyNormalizationLayer
+
+__all__ = ["CollapseReport", "Finding", "collapse_report"]
+
+# Choices of this package: the paper calls these states by name and gives no limits.
+_COLLAPSED = 0.5
+_SAMPLES_ALIKE = 2e-3
+_FAR_MEAN = 0.5
+_FAR_STDDEV = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        problem: ``"channel-wise collapse"``, ``"no instance variability"``, ``"proxy far from data"`` or ``"moving
+            statistics far from data"``.
+        evidence: The numbers that say so, in words.
+        advice: What to try.
+    """
+
+    layer: str
+    problem: str
+    evidence: str
+    advice: str
+
+    def __str__(self):
+        return f"{self.layer}: {self.problem}: {self.evidence}"
+
+
+@dataclass(frozen=True, eq=False)
+class CollapseReport(LayerTable):
+    """What `collapse_report` found; as a string, in words.
+
+    Attributes:
+        names: Tuple of the names of the layers, in the order in which they are called.
+        power: The `PowerDecomposition`.
+        mean_distance: Array: how far the means of the channels of the normalized pre-activation are from those that
+            the layer counts on, root mean square over the channels, in standard deviations. It counts on its proxy, or
+            for a batch normalization on mean 0; NaN for other layers.
+        stddev_ratio: Array: by what factor the standard deviations of the channels differ from those of the proxy, or
+            from 1, up or down, as a geometric mean over the channels; NaN for other layers.
+        findings: Tuple of `Finding`, by layer.
+    """
+
+    names: tuple[str, ...]
+    power: PowerDecomposition
+    mean_distance: np.ndarray
+    stddev_ratio: np.ndarray
+    findings: tuple[Finding, ...]
+    number_format: ClassVar[str] = "{:.4f}"
+
+    def columns(self):
+        return {**self.power.columns(), "mean off": self.mean_distance, "std off": self.stddev_ratio}
+
+    def __str__(self):
+        count = len(self.names)
+        if not self.findings:
+            return (
+                f"Looked at {count} normalization layers and found nothing wrong: no channel-wise collapse, samples "
+                "differ, and the data are where the layers expect them."
+            )
+        ill = len({finding.layer for finding in self.findings})
+        lines = [f"Looked at {count} normalization layers and found something wrong with {ill}."]
+        for problem in dict.fromkeys(finding.problem for finding in self.findings):
+            found = [finding for finding in self.findings if finding.problem == problem]
+            lines += ["", f"{problem.capitalize()} ({len(found)} of {count} layers): {_MEANING[problem]}"]
+            lines += [f"  {finding.layer}: {finding.evidence}" for finding in found]
+            lines += [f"  Try: {advice}" for advice in dict.fromkeys(finding.advice for finding in found)]
+        return "\n".join(lines)
+
+    def plot(self, ax=None, title: str | None = None):
+        """The plot of the power decomposition, see `PowerDecomposition.plot`."""
+        return self.power.plot(ax, title)
+
+
+_MEANING = {
+    "channel-wise collapse": "channels are nearly constant, over samples and positions, so that the layer sees little "
+    "but their means and the network behind it is nearly linear.",
+    "no instance variability": "samples have the same mean and standard deviation in each channel, so what tells them "
+    "apart by these, such as contrast or the amount of a texture, is lost.",
+    "proxy far from data": "proxy normalization works as far as its Gaussian resembles the data, and it does not here.",
+    "moving statistics far from data": "the moving averages that batch normalization uses at inference are not those "
+    "of these data.",
+}
+
+
+def collapse_report(
+    model: keras.Model,
+    data,
+    layers: LayerChoice = None,
+    *,
+    training: bool = False,
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: int = 1,
+) -> CollapseReport:
+    """Finds layers that collapse or whose data are not where they expect them, and says what to try.
+
+    For each normalization layer it looks at the four power terms, see `power_decomposition`, and at the mean and the
+    standard deviation of each channel of the normalized pre-activation:
+
+    - channel-wise collapse: P1, the share of the channels' means, is at least 0.5;
+    - no instance variability: P2 + P4, what differs between samples, is less than 0.002 of P2 + P3 + P4;
+    - proxy far from data: the channels' means are off by more than 0.5 standard deviations of the proxy, or their
+      standard deviations by a factor of more than 2;
+    - moving statistics far from data: the same for batch normalization with ``training=False``.
+
+    The limits are choices of this package.
+
+    Args:
+        model: A built Keras model of any kind.
+        data: Inputs, as in `power_decomposition`.
+        layers: The normalization layers to look at, as in `power_decomposition`. Defaults to all.
+        training: If True, batch normalizations use the statistics of the batch. Defaults to False.
+        batch_size: Positive integer, for arrays. Defaults to 32.
+        steps: Positive integer, the number of batches to look at. Defaults to all.
+        verbose: 1 for a progress bar, 0 for none. Defaults to 1.
+
+    Returns:
+        A `CollapseReport`; print it.
+
+    Raises:
+        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_proxynorm.diagnostics import collapse_report
+    >>> offsets = keras.initializers.RandomNormal(stddev=5.0)  # that drown the signal
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3, bias_initializer=offsets)])
+    >>> model.add(keras.layers.GroupNormalization(groups=1, name="norm"))
+    >>> report = collapse_report(model, np.random.normal(size=(64, 8, 8, 3)), verbose=0)
+    >>> [(finding.layer, finding.problem) for finding in report.findings]
+    [('norm', 'channel-wise collapse')]
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
+    """
+    measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
+    chosen = choose(model, layers, is_normalization, "normalization layer")
+    power = PowerDecomposition(tuple(measured), np.stack([powers.terms for powers in measured.values()]))
+    offs = np.array([_off(chosen[name], powers, training) for name, powers in measured.items()])
+    findings = []
+    for name, fractions, off in zip(power.names, power.fractions, offs, strict=True):
+        findings += _findings(name, chosen[name], len(measured[name].mean), fractions, *off)
+    return CollapseReport(power.names, power, offs[:, 0], offs[:, 1], tuple(findings))
+
+
+def _off(layer, powers, training):
+    """How far the channels are from what the layer counts on: distance of the means, factor of the deviations."""
+    mean, stddev = np.zeros_like(powers.mean), np.ones_like(powers.mean)
+    if isinstance(layer, ProxyNormalizationLayer):
+        if layer.proxy is None:
+            return np.nan, np.nan
+        mean, stddev = (ops.convert_to_numpy(x).astype("float64") for x in (layer.proxy_mean, layer.proxy_stddev))
+    elif not isinstance(layer, keras.layers.BatchNormalization) or (training and layer.trainable):
+        return np.nan, np.nan
+    tiny = np.finfo("float32").tiny
+    distance = np.sqrt(np.mean(np.square((powers.mean - mean) / np.maximum(stddev, tiny))))
+    ratios = np.log(np.maximum(np.sqrt(powers.variance), tiny) / np.maximum(stddev, tiny))
+    return distance, np.exp(np.mean(np.abs(ratios)))
+
+
+def _findings(name, layer, channels, fractions, mean_distance, stddev_ratio):
+    p1, p2, p3, p4 = fractions
+    if p1 >= _COLLAPSED:
+        if isinstance(layer, ProxyNormalizationLayer):
+            advice = "see whether its proxy, or that of the layer in front of it, is far from the data."
+        else:
+            advice = (
+                "proxy normalization behind the layers in front of it: keras_proxynorm.replace_normalization(model, "
+                'layers=keras.layers.GroupNormalization), or to="layer_norm_proxy".'
+            )
+        yield Finding(name, "channel-wise collapse", f"{p1:.0%} of its power is in the means of the channels", advice)
+    # Without positions there is nothing but samples to differ.
+    if p3 > 0 and p2 + p4 < _SAMPLES_ALIKE * (p2 + p3 + p4):
+        if getattr(layer, "groups", None) in (-1, channels):
+            advice = "fewer groups: with one channel in each, all that can differ is normalized away."
+        else:
+            advice = "fewer groups, or data that differ more."
+        yield Finding(
+            name,
+            "no instance variability",
+            f"{(p2 + p4) / (p2 + p3 + p4):.2%} of what varies differs between samples",
+            advice,
+        )
+    if mean_distance > _FAR_MEAN or stddev_ratio > _FAR_STDDEV:
+        evidence = f"means off by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
+        if isinstance(layer, ProxyNormalizationLayer):
+            if layer.proxy.trainable and layer.trainable:
+                advice = "train further, or with less weight decay on the proxies."
+            else:
+                advice = "learn_proxy=True, so that the proxy follows the data."
+            yield Finding(name, "proxy far from data", evidence, advice)
+        else:
+            advice = "more training steps, a smaller momentum, or a normalization that has no moving averages."
+            yield Finding(name, "moving statistics far from data", evidence, advice)

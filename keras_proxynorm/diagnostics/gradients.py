@@ -1,0 +1,80 @@
+"""The loss of a model as a function, and its gradients, on each backend of Keras."""
+
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+__all__ = ["batch_loss", "norm", "value_and_gradients"]
+
+
+def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
+    """The loss of a batch as a function, which runs the model.
+
+    Args:
+        model: A built model.
+        loss: A name, a function or an instance of a loss of Keras; None for the loss that the model is compiled with,
+            regularization included.
+        training: How the model is called.
+
+    Returns:
+        A function of inputs, targets and sample weights that returns a scalar tensor.
+
+    Raises:
+        ValueError: If `loss` is None and the model is not compiled with one, or if Keras does not know it.
+    """
+    if loss is None:
+        if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
+            raise ValueError(
+                "Argument `loss` must be given, such as loss='sparse_categorical_crossentropy', because the model is "
+                f"not compiled with one. Received: loss=None and the model '{model.name}'"
+            )
+
+        def compiled(inputs, targets, weights):
+            outputs = model(inputs, training=training)
+            return model.compute_loss(x=inputs, y=targets, y_pred=outputs, sample_weight=weights, training=training)
+
+        return compiled
+    function = keras.losses.get(loss)
+
+    def given(inputs, targets, weights):
+        outputs = model(inputs, training=training)
+        if isinstance(function, keras.losses.Loss):
+            return function(targets, outputs, sample_weight=weights)
+        losses = function(targets, outputs)
+        if weights is not None:
+            losses = losses * ops.cast(weights, losses.dtype)
+        return ops.mean(losses)
+
+    return given
+
+
+def value_and_gradients(function: Callable, values: list) -> tuple:
+    """A scalar function of a list of tensors, and its gradients; None in place of a gradient means zero."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        values = [tf.convert_to_tensor(value) for value in values]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            result = function(values)
+        return result, tape.gradient(result, values)
+    if backend == "jax":
+        import jax
+
+        return jax.value_and_grad(function)(values)
+    if backend == "torch":
+        import torch
+
+        values = [value.detach().requires_grad_() for value in map(ops.convert_to_tensor, values)]
+        result = function(values)
+        gradients = torch.autograd.grad(result, values, allow_unused=True)
+        return result.detach(), list(gradients)
+    raise RuntimeError(f"Gradients need the TensorFlow, JAX or PyTorch backend of Keras. Received: {backend!r}")
+
+
+def norm(tensors: list) -> float:
+    """The Euclidean norm of all elements of some tensors, of which None count as zero."""
+    squares = (float(ops.sum(ops.square(ops.cast(x, "float32")))) for x in tensors if x is not None)
+    return sum(squares) ** 0.5

@@ -1,0 +1,230 @@
+"""The loss along the gradient: how far can a step go, and how well does the gradient predict what it finds there?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from keras_proxynorm.diagnostics.batches import Batch
+from keras_proxynorm.diagnostics.batches import batches
+from keras_proxynorm.diagnostics.batches import check_model
+from keras_proxynorm.diagnostics.gradients import batch_loss
+from keras_proxynorm.diagnostics.gradients import norm
+from keras_proxynorm.diagnostics.gradients import value_and_gradients
+from keras_proxynorm.diagnostics.plots import plot_landscape
+
+__all__ = ["LossLandscape", "loss_landscape"]
+
+# How often the interval in which the loss begins to diverge is halved.
+_BISECTIONS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class LossLandscape:
+    """What `loss_landscape` measured; as a string, a summary.
+
+    Attributes:
+        loss: Float, the loss before the step.
+        gradient_norm: Float, the Euclidean norm of the gradient there.
+        step_sizes: Array, the step sizes.
+        losses: Array, the loss after a step of each size.
+        gradient_changes: Array, the Euclidean distance of the gradient there from the gradient before the step.
+        largest_stable_step: Float, the largest step size up to which the loss does not diverge; 0 if the smallest of
+            `step_sizes` is too large already.
+    """
+
+    loss: float
+    gradient_norm: float
+    step_sizes: np.ndarray
+    losses: np.ndarray
+    gradient_changes: np.ndarray
+    largest_stable_step: float
+
+    @property
+    def relative_losses(self) -> np.ndarray:
+        """`losses`, divided by `loss` (Bjorck et al.)."""
+        return self.losses / self.loss
+
+    @property
+    def smoothness(self) -> np.ndarray:
+        """The change of the gradient, divided by the length of the step, for each step size."""
+        return self.gradient_changes / (self.step_sizes * self.gradient_norm)
+
+    @property
+    def loss_range(self) -> tuple[float, float]:
+        """The smallest and the largest of `losses`: the variation of the loss (Santurkar et al.)."""
+        return _range(self.losses)
+
+    @property
+    def gradient_predictiveness(self) -> tuple[float, float]:
+        """The smallest and the largest of `gradient_changes` (Santurkar et al.); small is good."""
+        return _range(self.gradient_changes)
+
+    @property
+    def effective_smoothness(self) -> float:
+        """The largest of `smoothness`: the effective beta-smoothness (Santurkar et al.); small is good."""
+        return _range(self.smoothness)[1]
+
+    def to_dict(self) -> dict[str, float]:
+        """The numbers that sum it up."""
+        low, high = self.loss_range
+        least, most = self.gradient_predictiveness
+        return {
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+            "loss_min": low,
+            "loss_max": high,
+            "gradient_change_min": least,
+            "gradient_change_max": most,
+            "effective_smoothness": self.effective_smoothness,
+            "largest_stable_step": self.largest_stable_step,
+        }
+
+    def __str__(self):
+        return "\n".join(f"{name.replace('_', ' '):<22}{value:>12.4g}" for name, value in self.to_dict().items())
+
+    def plot(self, axes=None):
+        """The relative loss and the change of the gradient against the step size.
+
+        Args:
+            axes: Two `matplotlib.axes.Axes`. Defaults to those of a new figure.
+
+        Returns:
+            An array of `matplotlib.axes.Axes`.
+
+        Raises:
+            ImportError: If matplotlib is not installed: ``pip install "keras_proxynorm[plots]"``.
+        """
+        return plot_landscape(self, axes)
+
+
+def loss_landscape(
+    model: keras.Model,
+    batch: Batch,
+    *,
+    loss=None,
+    step_sizes: Sequence[float] | None = None,
+    divergence: float = 1.0,
+    training: bool = True,
+) -> LossLandscape:
+    """Measures the loss of a batch, and its gradient, along the gradient.
+
+    From the weights ``w`` with the gradient ``g``, it goes to ``w - s g`` for each step size ``s``, always on the same
+    batch. The weights and the moving averages of the model stay as they are. Only trainable weights move.
+
+    Args:
+        model: A built Keras model of any kind.
+        batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)`` of arrays or tensors.
+        loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with,
+            regularization included.
+        step_sizes: Positive numbers in increasing order. Defaults to 16 from 1e-4 to 10, equally far apart on a
+            logarithmic scale; this is a choice of this package, as the papers have other ones for other networks.
+            Santurkar et al. take 1/2 to 4 times the learning rate.
+        divergence: Positive number: the loss diverges where it is not finite, or larger than so many times the loss
+            before the step. Defaults to 1.
+        training: Whether the model is called as in training. Defaults to True, as in the papers.
+
+    Returns:
+        A `LossLandscape`. It costs as much as the forward and backward passes of ``len(step_sizes) + 1`` training steps
+        without compilation, and 6 forward passes, which narrow down where the loss begins to diverge.
+
+    Raises:
+        ValueError: If the model is not built, has no trainable weights or no loss, or if an argument is not of the form
+            above.
+
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import loss_landscape
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy())
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> batch = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> landscape = loss_landscape(model, batch, loss=loss)
+    >>> bool(landscape.relative_losses[0] < 1)
+    True
+
+    References:
+
+    - [Santurkar et al., 2018](https://arxiv.org/abs/1805.11604), "How Does Batch Normalization Help Optimization?"
+    - [Bjorck et al., 2018](https://arxiv.org/abs/1806.02375), "Understanding Batch Normalization"
+    """
+    check_model(model)
+    variables = model.trainable_variables
+    if not variables:
+        raise ValueError(
+            f"Argument `model` must have trainable weights. Received: the model '{model.name}' without any"
+        )
+    sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else np.array(step_sizes, "float64")
+    if sizes.ndim != 1 or not sizes.size or not (sizes > 0).all() or not (np.diff(sizes) > 0).all():
+        raise ValueError(
+            f"Argument `step_sizes` must be positive numbers in increasing order. Received: step_sizes={step_sizes!r}"
+        )
+    if isinstance(divergence, bool) or not isinstance(divergence, (int, float)) or not divergence > 0:
+        raise ValueError(f"Argument `divergence` must be a positive number. Received: divergence={divergence!r}")
+    compute_loss = batch_loss(model, loss, training)
+    if not isinstance(batch, tuple) or len(batch) not in (2, 3):
+        raise ValueError(
+            "Argument `batch` must be a tuple (inputs, targets) or (inputs, targets, sample_weights). "
+            f"Received: batch of the type {type(batch).__name__}"
+        )
+    # All of it at once, whatever its size.
+    ((inputs, targets, weights),) = batches(iter([batch]))
+
+    def loss_at(values):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return compute_loss(inputs, targets, weights)
+
+    start = [keras.ops.convert_to_tensor(variable) for variable in variables]
+    before, gradient = value_and_gradients(loss_at, start)
+    before, length = float(before), norm(gradient)
+    if not np.isfinite([before, length]).all() or length == 0:
+        raise ValueError(
+            "Argument `model` must have a finite loss and a gradient that is not zero on `batch`. "
+            f"Received: a loss of {before} and a gradient of length {length}"
+        )
+
+    def after(size):
+        return [w if g is None else w - keras.ops.cast(size, w.dtype) * g for w, g in zip(start, gradient, strict=True)]
+
+    losses, changes = [], []
+    for size in sizes:
+        value, there = value_and_gradients(loss_at, after(size))
+        pairs = zip(there, gradient, strict=True)
+        losses.append(float(value))
+        changes.append(norm([_difference(a, b) for a, b in pairs]))
+
+    def is_stable(value):
+        return bool(np.isfinite(value) and value <= divergence * before)
+
+    stable = [is_stable(value) for value in losses]
+    largest = _last_stable(sizes, stable, lambda size: is_stable(float(loss_at(after(size)))))
+    return LossLandscape(before, length, sizes, np.array(losses), np.array(changes), largest)
+
+
+def _difference(a, b):
+    if a is None or b is None:
+        return b if a is None else a
+    return a - b
+
+
+def _last_stable(sizes, stable, is_stable):
+    """The size up to which all are stable, between the last of these and the first that is not, by bisection."""
+    if all(stable):
+        return float(sizes[-1])
+    first = stable.index(False)
+    if first == 0:
+        return 0.0
+    low, high = sizes[first - 1], sizes[first]
+    for _ in range(_BISECTIONS):
+        middle = np.sqrt(low * high)
+        low, high = (middle, high) if is_stable(middle) else (low, middle)
+    return float(low)
+
+
+def _range(values):
+    """The smallest and the largest, NaN being larger than all."""
+    values = np.where(np.isnan(values), np.inf, values)
+    return float(values.min()), float(values.max())

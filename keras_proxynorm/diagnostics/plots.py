@@ -1,0 +1,106 @@
+"""Plots of what the diagnostics measured; matplotlib is imported when the first one is drawn."""
+
+import numpy as np
+
+__all__ = ["new_axes", "plot_landscape", "plot_powers", "plot_signal"]
+
+# From dark to light, so that they are told apart in grey, and by the colour-blind.
+_POWER_COLOURS = ("#3b0f4f", "#2a788e", "#8fd0a0", "#fde725")
+_POWER_LABELS = ("P1: channel means", "P2: … between samples", "P3: within samples", "P4: … between samples")
+# Colours of Okabe and Ito, and markers and dashes for those who see none.
+_LINE_STYLES = (
+    {"color": "#0072b2", "marker": "o"},
+    {"color": "#e69f00", "marker": "s", "linestyle": "--"},
+    {"color": "#009e73", "marker": "^", "linestyle": ":"},
+    {"color": "#000000", "marker": "x", "linestyle": "-."},
+)
+# Inches. Two side by side fit a README of 900 pixels.
+_PANEL = (4.6, 3.0)
+
+
+def new_axes(rows: int = 1, columns: int = 1, panel: tuple[float, float] = _PANEL, **options):
+    """An array of axes of a new figure, of shape ``(rows, columns)``."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: pip install "keras_proxynorm[plots]"') from error
+    size = (panel[0] * columns, panel[1] * rows)
+    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=120, **options)
+    return axes
+
+
+def plot_powers(result, ax=None, title=None, legend: bool = True):
+    """A stacked bar for each layer, of the four fractions of its power."""
+    ax = ax or new_axes()[0, 0]
+    depth = np.arange(1, len(result) + 1)
+    bottom = np.zeros(len(result))
+    for label, colour, fraction in zip(_POWER_LABELS, _POWER_COLOURS, result.fractions.T, strict=True):
+        ax.bar(depth, fraction, bottom=bottom, width=1.0, color=colour, label=label, linewidth=0)
+        bottom += fraction
+    ax.set(xlabel="normalization layer", ylabel="fraction of power", ylim=(0, 1), xlim=(0.5, len(result) + 0.5))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if title:
+        ax.set_title(title)
+    if legend:
+        # In the order in which they are stacked.
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return ax
+
+
+_SIGNALS = {
+    "mean": ("activation mean", "linear"),
+    "std": ("activation standard deviation", "log"),
+    "cosine": ("cosine between samples", "linear"),
+    "stable_rank": ("stable rank", "linear"),
+    "gradient_norm": ("gradient norm", "log"),
+}
+
+
+def plot_signal(result, axes=None, label=None):
+    """A panel for each quantity, against depth."""
+    columns = {name: values for name, values in result.columns().items() if not np.isnan(values).all()}
+    axes = new_axes(1, len(columns), panel=(3.0, 2.6))[0] if axes is None else np.ravel(axes)
+    if len(axes) < len(columns):
+        raise ValueError(f"Argument `axes` must have {len(columns)} axes. Received: {len(axes)}")
+    depth = np.arange(1, len(result) + 1)
+    for ax, (name, values) in zip(axes, columns.items(), strict=False):
+        title, scale = _SIGNALS[name]
+        # One result beside another: the style follows from how many are there.
+        style = _LINE_STYLES[len(ax.lines) % len(_LINE_STYLES)]
+        ax.plot(depth, values, markersize=3, linewidth=1.2, label=label, **style)
+        ax.set(xlabel="layer", title=title)
+        positive = values[np.isfinite(values)]
+        if scale == "log" and positive.size and (positive > 0).all():
+            ax.set_yscale("log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    if label is not None:
+        axes[0].legend(frameon=False)
+    return axes
+
+
+def plot_landscape(result, axes=None):
+    """The relative loss and the change of the gradient, against the step size."""
+    axes = new_axes(1, 2)[0] if axes is None else np.ravel(axes)
+    if len(axes) < 2:
+        raise ValueError(f"Argument `axes` must have 2 axes. Received: {len(axes)}")
+    steps = result.step_sizes
+    for ax, values, label, limit in (
+        (axes[0], result.relative_losses, "loss / loss before the step", 1.0),
+        (axes[1], result.smoothness, "change of gradient / length of step", None),
+    ):
+        shown = np.isfinite(values)
+        ax.plot(steps[shown], values[shown], markersize=3, linewidth=1.2, **_LINE_STYLES[0])
+        ax.set(xlabel="step size", ylabel=label, xscale="log")
+        ax.set_xlim(steps[0], steps[-1])
+        if shown.any() and (values[shown] > 0).all():
+            ax.set_yscale("log")
+        if limit is not None:
+            ax.axhline(limit, color="0.4", linewidth=0.8)
+        if result.largest_stable_step > 0:
+            ax.axvline(result.largest_stable_step, color="0.4", linewidth=0.8, linestyle=":")
+        ax.grid(alpha=0.3)
+    axes[0].set_title(f"largest stable step: {result.largest_stable_step:.2g}")
+    axes[1].set_title(f"effective smoothness: {result.effective_smoothness:.2g}")
+    return axes

@@ -1,0 +1,149 @@
+"""The four power terms of the normalized pre-activation of each layer: is it collapsing, and in which way?"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import keras
+import numpy as np
+
+from keras_proxynorm.diagnostics.batches import batches
+from keras_proxynorm.diagnostics.batches import check_model
+from keras_proxynorm.diagnostics.observation import LayerChoice
+from keras_proxynorm.diagnostics.observation import channel_axis
+from keras_proxynorm.diagnostics.observation import channel_statistics
+from keras_proxynorm.diagnostics.observation import check_all_seen
+from keras_proxynorm.diagnostics.observation import choose
+from keras_proxynorm.diagnostics.observation import is_normalization
+from keras_proxynorm.diagnostics.observation import is_visible
+from keras_proxynorm.diagnostics.observation import normalized_input
+from keras_proxynorm.diagnostics.observation import observed
+from keras_proxynorm.diagnostics.plots import plot_powers
+from keras_proxynorm.diagnostics.streaming import ChannelPowers
+from keras_proxynorm.diagnostics.tables import LayerTable
+
+__all__ = ["PowerDecomposition", "channel_powers", "power_decomposition"]
+
+
+@dataclass(frozen=True, eq=False)
+class PowerDecomposition(LayerTable):
+    """What `power_decomposition` measured; as a string, a table of the fractions.
+
+    Attributes:
+        names: Tuple of the names of the layers, in the order in which they are called.
+        powers: Array of shape ``(layers, 4)``: P1, P2, P3 and P4 of each layer.
+    """
+
+    names: tuple[str, ...]
+    powers: np.ndarray
+    number_format: ClassVar[str] = "{:.4f}"
+
+    @property
+    def fractions(self) -> np.ndarray:
+        """`powers`, each row divided by its sum; 0 where that is 0."""
+        total = self.powers.sum(axis=1, keepdims=True)
+        return np.divide(self.powers, total, out=np.zeros_like(self.powers), where=total > 0)
+
+    def columns(self):
+        return {**{f"P{i + 1}": self.fractions[:, i] for i in range(4)}, "power": self.powers.sum(axis=1)}
+
+    def plot(self, ax=None, title: str | None = None):
+        """The fractions, stacked, against depth, as in Figure 2 of the paper.
+
+        Args:
+            ax: `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
+            title: Optional title.
+
+        Returns:
+            The `matplotlib.axes.Axes`.
+
+        Raises:
+            ImportError: If matplotlib is not installed: ``pip install "keras_proxynorm[plots]"``.
+        """
+        return plot_powers(self, ax, title)
+
+
+def power_decomposition(
+    model: keras.Model,
+    data,
+    layers: LayerChoice = None,
+    *,
+    training: bool = False,
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: int = 1,
+) -> PowerDecomposition:
+    """Decomposes the power of the normalized pre-activation of each normalization layer into four terms.
+
+    With the mean ``m[x, c]`` and the standard deviation ``s[x, c]`` that channel ``c`` has over the positions of sample
+    ``x``, and means ``E`` and variances ``Var`` over samples and channels,
+
+        P1 = E_c[(E_x m)^2]  the channels' means: near 1, the channels are nearly constant (channel-wise collapse)
+        P2 = E_c[Var_x m]    how much these differ between samples
+        P3 = E_c[(E_x s)^2]  what varies within a sample
+        P4 = E_c[Var_x s]    how much that differs between samples; with P2 near 0, samples look alike
+
+    and P1 + P2 + P3 + P4 is the mean square. They are taken of ``y``, which is normalized, before the layer's scale,
+    offset, activation and proxy normalization. The model is run as it is and is not changed.
+
+    Args:
+        model: A built Keras model of any kind.
+        data: Inputs, as for `fit`: an array, a structure of arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or
+            an iterable of batches; targets are ignored. It is gone through once.
+        layers: The layers: names, paths, classes, instances, a list of these, or a function of a layer. Of those that
+            are no normalizations, the output is taken. Defaults to all batch, group, layer and RMS normalizations of
+            Keras and the layers of this package, inside of other layers too. A layer that is called several times for
+            a batch counts each call as samples.
+        training: If True, batch normalizations use the statistics of the batch (their moving averages stay as they
+            are), and dropout drops. Defaults to False.
+        batch_size: Positive integer, for arrays. Defaults to 32.
+        steps: Positive integer, the number of batches to look at. Defaults to all.
+        verbose: 1 for a progress bar, 0 for none. Defaults to 1.
+
+    Returns:
+        A `PowerDecomposition`: ``.names``, ``.powers``, ``.fractions``, ``.to_dict()``, ``.to_frame()``, ``.plot()``.
+        The memory that it takes does not depend on the size of the data.
+
+    Raises:
+        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import power_decomposition
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> result = power_decomposition(model, np.random.normal(size=(64, 8, 8, 3)), verbose=0)
+    >>> result.names, result.powers.shape
+    (('norm',), (1, 4))
+    >>> bool(abs(result.powers.sum() - 1) < 0.01)
+    True
+
+    Reference:
+
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), section 4
+    """
+    measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
+    return PowerDecomposition(tuple(measured), np.stack([powers.terms for powers in measured.values()]))
+
+
+def channel_powers(model, data, layers, training, batch_size, steps, verbose) -> dict[str, ChannelPowers]:
+    """The statistics behind `power_decomposition`, by the name of the layer."""
+    check_model(model)
+    chosen = choose(model, layers, is_normalization, "normalization layer")
+    measured: dict[str, ChannelPowers] = {}
+
+    def observe(name, layer, call, args, kwargs):
+        outputs = call(*args, **kwargs)
+        value = normalized_input(layer, call, args, kwargs) if is_normalization(layer) else outputs
+        if is_visible(value):
+            statistics = channel_statistics(value, channel_axis(layer, len(value.shape)))
+            measured.setdefault(name, ChannelPowers()).update(statistics)
+        return outputs
+
+    with observed(chosen, observe):
+        for inputs, _, _ in batches(data, batch_size, steps, verbose):
+            # Nothing is left in the model of what happens to its variables here.
+            with keras.StatelessScope():
+                model(inputs, training=training)
+    check_all_seen(chosen, measured)
+    return measured

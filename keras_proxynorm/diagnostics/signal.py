@@ -1,0 +1,212 @@
+"""How activations and gradients propagate through a network: moments, similarity of samples, rank, gradient norms."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.diagnostics.batches import batches
+from keras_proxynorm.diagnostics.batches import check_model
+from keras_proxynorm.diagnostics.gradients import batch_loss
+from keras_proxynorm.diagnostics.gradients import norm
+from keras_proxynorm.diagnostics.gradients import value_and_gradients
+from keras_proxynorm.diagnostics.observation import LayerChoice
+from keras_proxynorm.diagnostics.observation import channel_axis
+from keras_proxynorm.diagnostics.observation import channel_statistics
+from keras_proxynorm.diagnostics.observation import check_all_seen
+from keras_proxynorm.diagnostics.observation import choose
+from keras_proxynorm.diagnostics.observation import has_activation
+from keras_proxynorm.diagnostics.observation import is_visible
+from keras_proxynorm.diagnostics.observation import observed
+from keras_proxynorm.diagnostics.plots import plot_signal
+from keras_proxynorm.diagnostics.streaming import ChannelPowers
+from keras_proxynorm.diagnostics.streaming import StreamingMoments
+from keras_proxynorm.diagnostics.tables import LayerTable
+
+__all__ = ["SignalPropagation", "signal_propagation"]
+
+
+@dataclass(frozen=True, eq=False)
+class SignalPropagation(LayerTable):
+    """What `signal_propagation` measured; as a string, a table.
+
+    Attributes:
+        names: Tuple of the names of the layers, in the order in which they are called.
+        mean: Array with the mean of the output of each layer, over samples, positions and channels.
+        std: Array with the square root of the variance over samples and positions, averaged over the channels.
+        cosine: Array with the average cosine between the outputs for two different samples of a batch.
+        stable_rank: Array with ``N / lambda_max`` of the N x N matrix of all cosines in a batch: from 1, all samples
+            alike, to the batch size, all orthogonal.
+        gradient_norm: Array with the Euclidean norm of the gradient of the batch's loss by the output, NaN without a
+            loss.
+    """
+
+    names: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    cosine: np.ndarray
+    stable_rank: np.ndarray
+    gradient_norm: np.ndarray
+
+    def columns(self):
+        return {name: getattr(self, name) for name in ("mean", "std", "cosine", "stable_rank", "gradient_norm")}
+
+    def plot(self, axes=None, label: str | None = None):
+        """A panel for each quantity, against depth.
+
+        Args:
+            axes: Sequence of as many `matplotlib.axes.Axes`, such as those of another result, to compare with it.
+                Defaults to those of a new figure.
+            label: Optional name in the legend of the first panel.
+
+        Returns:
+            An array of `matplotlib.axes.Axes`.
+
+        Raises:
+            ImportError: If matplotlib is not installed: ``pip install "keras_proxynorm[plots]"``.
+        """
+        return plot_signal(self, axes, label)
+
+
+def signal_propagation(
+    model: keras.Model,
+    data,
+    layers: LayerChoice = None,
+    *,
+    loss=None,
+    training: bool = True,
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: int = 1,
+) -> SignalPropagation:
+    """Measures what the papers on normalization plot against depth: activations, similarity of samples, gradients.
+
+    Each quantity is taken of the output of a layer, for each batch, and averaged over the batches. Gradients need
+    targets and a loss. The model is run as it is, once for the activations and once more for the gradients, and is not
+    changed.
+
+    Args:
+        model: A built Keras model of any kind.
+        data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
+            for `fit`.
+        layers: The layers, as in `power_decomposition`. Defaults to all whose output is an activation: activation
+            layers, the layers of this package, and layers with an activation of their own that is not linear. "Beyond
+            BatchNorm" takes the gradients by the outputs of convolutions: ``layers=keras.layers.Conv2D``.
+        loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with.
+        training: Whether the model is called as in training, with the statistics of the batch for batch
+            normalizations (their moving averages stay as they are). Defaults to True.
+        batch_size: Positive integer, for arrays. Defaults to 32.
+        steps: Positive integer, the number of batches to look at. Defaults to all.
+        verbose: 1 for a progress bar, 0 for none. Defaults to 1.
+
+    Returns:
+        A `SignalPropagation`.
+
+    Raises:
+        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import signal_propagation
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> result = signal_propagation(model, (images, labels), loss=loss, verbose=0)
+    >>> bool(result.gradient_norm[0] > 0)
+    True
+
+    References:
+
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), "Beyond BatchNorm"
+    - [Bjorck et al., 2018](https://arxiv.org/abs/1806.02375), "Understanding Batch Normalization"
+    """
+    check_model(model)
+    chosen = choose(model, layers, has_activation, "layer whose output is an activation")
+    # Targets without a loss, and a loss without targets, are no error unless a loss was asked for.
+    has_loss = loss is not None or (getattr(model, "compiled", False) and getattr(model, "loss", None) is not None)
+    compute_loss = batch_loss(model, loss, training) if has_loss else None
+    signals: dict[str, _Signal] = {}
+    for inputs, targets, weights in batches(data, batch_size, steps, verbose):
+        calls, outputs = _outputs(model, chosen, inputs, training, signals)
+        if compute_loss is not None and targets is not None:
+            gradients = _gradients(compute_loss, (inputs, targets, weights), chosen, calls, outputs)
+            for name, gradient in gradients.items():
+                signals[name].gradient_norms.update(np.array([norm(gradient)]))
+        elif loss is not None:
+            raise ValueError("Argument `data` must have targets for `loss`: a tuple (inputs, targets). Received: none")
+    check_all_seen(chosen, signals)
+    rows = np.array([signal.row() for signal in signals.values()])
+    return SignalPropagation(tuple(signals), *rows.T)
+
+
+class _Signal:
+    """The quantities of one layer, over the batches."""
+
+    def __init__(self):
+        self.channels = ChannelPowers()
+        self.cosines, self.ranks, self.gradient_norms = StreamingMoments(), StreamingMoments(), StreamingMoments()
+
+    def update(self, outputs, axis):
+        self.channels.update(channel_statistics(outputs, axis))
+        cosine, rank = similarity(ops.convert_to_numpy(ops.cast(outputs, "float32")))
+        if np.isfinite(cosine):
+            self.cosines.update(np.array([cosine]))
+        self.ranks.update(np.array([rank]))
+
+    def row(self):
+        averages = (x.mean if x.count else np.nan for x in (self.cosines, self.ranks, self.gradient_norms))
+        return (self.channels.mean.mean(), np.sqrt(self.channels.variance.mean()), *averages)
+
+
+def similarity(outputs: np.ndarray) -> tuple[float, float]:
+    """The average cosine between two samples, NaN for one sample, and the stable rank of all cosines."""
+    samples = outputs.reshape(len(outputs), -1).astype("float64")
+    lengths = np.linalg.norm(samples, axis=1, keepdims=True)
+    samples = np.divide(samples, lengths, out=np.zeros_like(samples), where=lengths > 0)
+    cosines = samples @ samples.T
+    count = len(samples)
+    largest = np.linalg.eigvalsh(cosines)[-1]
+    average = (cosines.sum() - np.trace(cosines)) / (count * (count - 1)) if count > 1 else np.nan
+    return average, np.trace(cosines) / largest if largest > 0 else 0.0
+
+
+def _outputs(model, chosen, inputs, training, signals):
+    """Runs the model and takes in what it computes; returns the names and the outputs of all calls."""
+    calls: list[str] = []
+    outputs = []
+
+    def observe(name, layer, call, args, kwargs):
+        output = call(*args, **kwargs)
+        if is_visible(output):
+            signals.setdefault(name, _Signal()).update(output, channel_axis(layer, len(output.shape)))
+            calls.append(name)
+            outputs.append(output)
+        return output
+
+    with observed(chosen, observe), keras.StatelessScope():
+        model(inputs, training=training)
+    return calls, outputs
+
+
+def _gradients(compute_loss, batch, chosen, calls, outputs):
+    """The gradients of the loss by the outputs of all calls, as a list for each layer."""
+    visible = {name: chosen[name] for name in calls}
+
+    def perturbed_loss(perturbations):
+        left = iter(perturbations)
+
+        def observe(name, layer, call, args, kwargs):
+            return call(*args, **kwargs) + next(left)
+
+        with observed(visible, observe), keras.StatelessScope():
+            return compute_loss(*batch)
+
+    _, gradients = value_and_gradients(perturbed_loss, [ops.zeros(x.shape, x.dtype) for x in outputs])
+    by_layer: dict[str, list] = {name: [] for name in calls}
+    for name, gradient in zip(calls, gradients, strict=True):
+        by_layer[name].append(gradient)
+    return by_layer

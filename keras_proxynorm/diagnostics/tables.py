@@ -1,0 +1,52 @@
+"""What the results of diagnostics share: a row for each layer, to print, to convert and to plot."""
+
+import abc
+from typing import ClassVar
+
+import numpy as np
+
+__all__ = ["LayerTable"]
+
+
+class LayerTable(abc.ABC):
+    """Some numbers for each of the layers in `names`."""
+
+    names: tuple[str, ...]
+    # How `str` writes numbers.
+    number_format: ClassVar[str] = "{:.4g}"
+
+    @abc.abstractmethod
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns of the table: arrays with a number for each layer."""
+
+    def __len__(self):
+        return len(self.names)
+
+    def __str__(self):
+        columns = self.columns()
+        width = max(map(len, ("layer", *self.names)))
+        lines = [f"{'layer':<{width}}" + "".join(f"{title:>{_width(title)}}" for title in columns)]
+        for i, name in enumerate(self.names):
+            numbers = "".join(f"{self.number_format.format(x[i]):>{_width(title)}}" for title, x in columns.items())
+            lines.append(f"{name:<{width}}{numbers}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, list]:
+        """A list for each column: ``"layer"``, with the names, and those of `columns`."""
+        return {"layer": list(self.names), **{title: values.tolist() for title, values in self.columns().items()}}
+
+    def to_frame(self):
+        """A `pandas.DataFrame` of the columns, with the names of the layers as its index.
+
+        Raises:
+            ImportError: If pandas is not installed: ``pip install pandas``.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("A DataFrame needs: pip install pandas") from error
+        return pandas.DataFrame(self.columns(), index=pandas.Index(self.names, name="layer"))
+
+
+def _width(title):
+    return max(len(title), 9) + 2
