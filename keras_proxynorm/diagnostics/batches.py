@@ -52,7 +52,7 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
     """All batches, and how many there are if that is known."""
     if isinstance(data, keras.utils.PyDataset):
         count = data.num_batches
-        indices = itertools.count() if count is None else iter(range(count or 0))
+        indices: Iterable[int] = itertools.count() if count is None else range(int(count))
         return (data[index] for index in indices), count
     leaves = keras.tree.flatten(data)
     if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
@@ -62,7 +62,7 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
                 "Argument `data` must have arrays with one number of samples along their first axis, not 0. "
                 f"Received: arrays of shapes {[tuple(leaf.shape) for leaf in leaves]}"
             )
-        (size,) = sizes
+        size = int(leaves[0].shape[0])
         starts = range(0, size, batch_size)
         cut = (keras.tree.map_structure(lambda x, i=i: x[i : i + batch_size], data) for i in starts)
         return cut, len(starts)

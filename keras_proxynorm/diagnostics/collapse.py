@@ -192,17 +192,13 @@ def _findings(name, layer, channels, fractions, mean_distance, stddev_ratio):
             )
         yield Finding(name, "channel-wise collapse", f"{p1:.0%} of its power is in the means of the channels", advice)
     # Without positions there is nothing but samples to differ.
-    if p3 > 0 and p2 + p4 < _SAMPLES_ALIKE * (p2 + p3 + p4):
+    differs = (p2 + p4) / (p2 + p3 + p4) if p3 > 0 else 1.0
+    if differs < _SAMPLES_ALIKE:
         if getattr(layer, "groups", None) in (-1, channels):
             advice = "fewer groups: with one channel in each, all that can differ is normalized away."
         else:
             advice = "fewer groups, or data that differ more."
-        yield Finding(
-            name,
-            "no instance variability",
-            f"{(p2 + p4) / (p2 + p3 + p4):.2%} of what varies differs between samples",
-            advice,
-        )
+        yield Finding(name, "no instance variability", f"{differs:.2%} of what varies does between samples", advice)
     if mean_distance > _FAR_MEAN or stddev_ratio > _FAR_STDDEV:
         evidence = f"means off by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
         if isinstance(layer, ProxyNormalizationLayer):

@@ -63,7 +63,10 @@ class LossLandscape:
 
     @property
     def effective_smoothness(self) -> float:
-        """The largest of `smoothness`: the effective beta-smoothness (Santurkar et al.); small is good."""
+        """The largest of `smoothness`: the effective beta-smoothness (Santurkar et al.); small is good.
+
+        Compare networks with the same step sizes: across the kinks of relu, it grows as these become smaller.
+        """
         return _range(self.smoothness)[1]
 
     def to_dict(self) -> dict[str, float]:

@@ -5,8 +5,13 @@ import numpy as np
 __all__ = ["new_axes", "plot_landscape", "plot_powers", "plot_signal"]
 
 # From dark to light, so that they are told apart in grey, and by the colour-blind.
-_POWER_COLOURS = ("#3b0f4f", "#2a788e", "#8fd0a0", "#fde725")
-_POWER_LABELS = ("P1: channel means", "P2: … between samples", "P3: within samples", "P4: … between samples")
+_POWER_COLOURS = ("#3b0f4f", "#2a788e", "#7fc7a0", "#fff2a8")
+_POWER_LABELS = (
+    "P1: channel means",
+    "P2: means, between samples",
+    "P3: deviations, in a sample",
+    "P4: deviations, between samples",
+)
 # Colours of Okabe and Ito, and markers and dashes for those who see none.
 _LINE_STYLES = (
     {"color": "#0072b2", "marker": "o"},
@@ -50,7 +55,7 @@ def plot_powers(result, ax=None, title=None, legend: bool = True):
 
 _SIGNALS = {
     "mean": ("activation mean", "linear"),
-    "std": ("activation standard deviation", "log"),
+    "std": ("activation std", "log"),
     "cosine": ("cosine between samples", "linear"),
     "stable_rank": ("stable rank", "linear"),
     "gradient_norm": ("gradient norm", "log"),
@@ -60,7 +65,7 @@ _SIGNALS = {
 def plot_signal(result, axes=None, label=None):
     """A panel for each quantity, against depth."""
     columns = {name: values for name, values in result.columns().items() if not np.isnan(values).all()}
-    axes = new_axes(1, len(columns), panel=(3.0, 2.6))[0] if axes is None else np.ravel(axes)
+    axes = new_axes(1, len(columns), panel=(2.5, 2.4))[0] if axes is None else np.ravel(axes)
     if len(axes) < len(columns):
         raise ValueError(f"Argument `axes` must have {len(columns)} axes. Received: {len(axes)}")
     depth = np.arange(1, len(result) + 1)
@@ -87,20 +92,21 @@ def plot_landscape(result, axes=None):
         raise ValueError(f"Argument `axes` must have 2 axes. Received: {len(axes)}")
     steps = result.step_sizes
     for ax, values, label, limit in (
-        (axes[0], result.relative_losses, "loss / loss before the step", 1.0),
-        (axes[1], result.smoothness, "change of gradient / length of step", None),
+        (axes[0], result.relative_losses, "loss / loss before step", 1.0),
+        (axes[1], result.smoothness, "gradient change / step length", None),
     ):
         shown = np.isfinite(values)
         ax.plot(steps[shown], values[shown], markersize=3, linewidth=1.2, **_LINE_STYLES[0])
         ax.set(xlabel="step size", ylabel=label, xscale="log")
         ax.set_xlim(steps[0], steps[-1])
-        if shown.any() and (values[shown] > 0).all():
+        if limit is None:
             ax.set_yscale("log")
-        if limit is not None:
+        else:
             ax.axhline(limit, color="0.4", linewidth=0.8)
+            ax.set_ylim(0, 2 * limit)
         if result.largest_stable_step > 0:
             ax.axvline(result.largest_stable_step, color="0.4", linewidth=0.8, linestyle=":")
         ax.grid(alpha=0.3)
-    axes[0].set_title(f"largest stable step: {result.largest_stable_step:.2g}")
-    axes[1].set_title(f"effective smoothness: {result.effective_smoothness:.2g}")
+    axes[0].set_title(f"largest stable step: {result.largest_stable_step:.3g}")
+    axes[1].set_title(f"effective smoothness: {result.effective_smoothness:.3g}")
     return axes

@@ -124,18 +124,16 @@ def test_deep_networks(make, tmp_path):
     path = export_onnx(model, tmp_path / "model.onnx")
     assert all(c.relative < 2e-4 for c in verify(model, path).comparisons)
 
-    def change(kernel):
-        kernel = kernel.copy()
-        kernel[0] *= 1.01
-        return kernel
-
     import onnx
     from onnx import numpy_helper
 
     proto = onnx.load(path)
-    kernels = [tensor for tensor in proto.graph.initializer if len(tensor.dims) == 4]
-    kernel = kernels[len(kernels) // 2]
-    kernel.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(kernel)), kernel.name))
+    convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
+    name = convolutions[len(convolutions) // 2].input[1]
+    (kernel,) = [tensor for tensor in proto.graph.initializer if tensor.name == name]
+    value = numpy_helper.to_array(kernel).copy()
+    value[0] *= 1.1
+    kernel.CopyFrom(numpy_helper.from_array(value, name))
     onnx.save(proto, path)
     with pytest.raises(VerificationError):
         verify(model, path)

@@ -1,0 +1,160 @@
+"""Shows what each normalization does to ResNet50V2 and EfficientNetB0, untrained, before anybody waits for an epoch.
+
+    pip install "keras_proxynorm[examples,plots]"
+    python normalization_gallery.py
+    python normalization_gallery.py --images FOLDER --model model.keras  # your own
+
+Each network is made with batch normalization and given others with `keras_proxynorm.replace_normalization`; scales and
+offsets are drawn at random, as training would move them, the same for all. The power of the normalized pre-activations,
+on real images, is then split into four terms, layer by layer: see `random_network.py`. The default images are crops of
+the two photographs that come with scikit-learn. It takes two minutes on two cores.
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+# TensorFlow reads it when it is imported: errors only.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
+    sys.exit('This example needs scikit-learn and matplotlib: pip install "keras_proxynorm[examples,plots]"')
+
+import keras
+import numpy as np
+from sklearn.datasets import load_sample_images
+
+from keras_proxynorm import replace_normalization
+from keras_proxynorm.diagnostics import collapse_report
+from keras_proxynorm.diagnostics.plots import new_axes
+from keras_proxynorm.diagnostics.plots import plot_powers
+
+NORMALIZATIONS = {
+    "BN": None,
+    "LN": "layer_norm",
+    "GN": "group_norm",
+    "LN+PN": "layer_norm_proxy",
+    "GN+PN": "group_norm_proxy",
+}
+NETWORKS = {"ResNet50V2": keras.applications.ResNet50V2, "EfficientNetB0": keras.applications.EfficientNetB0}
+
+
+def load_images(folder, size, count, seed):
+    """Images with channel values from 0 to 255."""
+    rng = np.random.default_rng(seed)
+    if folder is not None:
+        dataset = keras.utils.image_dataset_from_directory(
+            folder, labels=None, image_size=(size, size), crop_to_aspect_ratio=True, batch_size=None, seed=seed
+        )
+        return np.stack(list(dataset.take(count).as_numpy_iterator())).astype("float32")
+    crops = []
+    for i in range(count):
+        photographs = load_sample_images().images
+        photograph = photographs[i % len(photographs)]
+        top, left = (rng.integers(0, length - size + 1) for length in photograph.shape[:2])
+        crops.append(photograph[top : top + size, left : left + size])
+    return np.stack(crops).astype("float32")
+
+
+def randomize_affine(model, stddev, seed):
+    """Draws all scales and offsets of normalization layers."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if weight.name in ("gamma", "beta"):
+            weight.assign(rng.normal(float(weight.name == "gamma"), stddev, weight.shape))
+
+
+def measure(name, source, images):
+    """The power decomposition under each normalization."""
+    results = {}
+    for norm, to in NORMALIZATIONS.items():
+        start = time.perf_counter()
+        model = source if to is None else replace_normalization(source, to=to)
+        # As in training, so that batch normalization normalizes by the batch; all images are one.
+        report = collapse_report(model, images, training=True, batch_size=len(images), verbose=0)
+        results[norm] = report.power
+        shares = "/".join(f"{share:.2f}" for share in report.power.fractions.mean(axis=0))
+        collapsed = sum(finding.problem == "channel-wise collapse" for finding in report.findings)
+        print(
+            f"{name:<15}{norm:<7} P1/P2/P3/P4 on average: {shares}   P1 above half in {collapsed} of "
+            f"{len(report.names)} layers   ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    return results
+
+
+def write_csv(file, results):
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["normalization", "layer", "name", "P1", "P2", "P3", "P4", "mean_square"])
+        for norm, result in results.items():
+            rows = zip(result.names, result.fractions, result.powers, strict=True)
+            for i, (name, fractions, powers) in enumerate(rows):
+                writer.writerow([norm, i + 1, name, *(f"{x:.6f}" for x in (*fractions, powers.sum()))])
+
+
+def plot(file, name, results):
+    axes = new_axes(2, 3, panel=(3.2, 2.2), sharex=True, sharey=True)
+    for ax, (norm, result) in zip(axes.flat, results.items(), strict=False):
+        plot_powers(result, ax, f"{name}, {norm}", legend=False)
+        ax.label_outer()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[-1, -1].set_axis_off()
+    axes[-1, -1].legend(handles[::-1], labels[::-1], loc="center", frameon=False)
+    axes[0, -1].xaxis.set_tick_params(labelbottom=True)
+    axes[0, -1].set_xlabel("normalization layer")
+    axes[-1, -1].figure.savefig(file)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="default: crops of scikit-learn's photographs")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a .keras file; default: the two networks")
+    parser.add_argument("--size", type=int, default=96, help="of the images, in pixels; default: 96")
+    parser.add_argument("--count", type=int, default=32, help="of images; default: 32")
+    parser.add_argument("--stddev", type=float, default=0.2, help="of scales and offsets; 0: 1 and 0; default: 0.2")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the crops; default: 0")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), metavar="DIR", help="default: docs/figures")
+    arguments = parser.parse_args()
+    for name, lowest in (("size", 32), ("count", 2), ("stddev", 0)):
+        if getattr(arguments, name) < lowest:
+            parser.error(f"--{name} must be at least {lowest}, not {getattr(arguments, name)}")
+    for name, test in (("images", Path.is_dir), ("model", Path.is_file)):
+        path = getattr(arguments, name)
+        if path is not None and not test(path):
+            parser.error(f"--{name}: there is no such {'folder' if name == 'images' else 'file'}, {path}")
+    return arguments
+
+
+def make_networks(arguments):
+    if arguments.model is not None:
+        model = keras.models.load_model(arguments.model)
+        yield model.name, model
+        return
+    for name, build in NETWORKS.items():
+        keras.utils.set_random_seed(arguments.seed)
+        shape = (arguments.size, arguments.size, 3)
+        model = build(input_shape=shape, include_top=False, weights=None)
+        randomize_affine(model, arguments.stddev, arguments.seed)
+        yield name, model
+
+
+def main():
+    arguments = parse_arguments()
+    images = load_images(arguments.images, arguments.size, arguments.count, arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, model in make_networks(arguments):
+        # EfficientNets scale their inputs themselves, the others want them around 0.
+        scaled = images if name.startswith("EfficientNet") or arguments.model is not None else images / 127.5 - 1
+        results = measure(name, model, scaled)
+        write_csv(arguments.output / f"{name}.csv", results)
+        plot(arguments.output / f"{name}.png", name, results)
+    print(f"\nFiles in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
