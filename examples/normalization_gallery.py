@@ -3,11 +3,12 @@
     pip install "keras_proxynorm[examples,plots]"
     python normalization_gallery.py
     python normalization_gallery.py --images FOLDER --model model.keras  # your own
+    python normalization_gallery.py --output docs/figures --overwrite  # the figures of the documentation
 
 Each network is made with batch normalization and given others with `keras_proxynorm.replace_normalization`; scales and
 offsets are drawn at random, as training would move them, the same for all. The power of the normalized pre-activations,
 on real images, is then split into four terms, layer by layer: see `random_network.py`. The default images are crops of
-the two photographs that come with scikit-learn. It takes two minutes on two cores.
+the two photographs that come with scikit-learn. It takes a minute on two cores.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import csv
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -118,7 +120,8 @@ def parse_arguments():
     parser.add_argument("--count", type=int, default=32, help="of images; default: 32")
     parser.add_argument("--stddev", type=float, default=0.2, help="of scales and offsets; 0: 1 and 0; default: 0.2")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the crops; default: 0")
-    parser.add_argument("--output", type=Path, default=Path("docs/figures"), metavar="DIR", help="default: docs/figures")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: a new temporary directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in the output directory")
     arguments = parser.parse_args()
     for name, lowest in (("size", 32), ("count", 2), ("stddev", 0)):
         if getattr(arguments, name) < lowest:
@@ -127,6 +130,8 @@ def parse_arguments():
         path = getattr(arguments, name)
         if path is not None and not test(path):
             parser.error(f"--{name}: there is no such {'folder' if name == 'images' else 'file'}, {path}")
+    if arguments.output is None:
+        arguments.output = Path(tempfile.mkdtemp(prefix="keras_proxynorm-"))
     return arguments
 
 
@@ -148,11 +153,15 @@ def main():
     images = load_images(arguments.images, arguments.size, arguments.count, arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, model in make_networks(arguments):
+        files = [arguments.output / f"{name}.{kind}" for kind in ("csv", "png")]
+        for file in files:
+            if file.exists() and not arguments.overwrite:
+                sys.exit(f"{file} exists; give --overwrite to replace it")
         # EfficientNets scale their inputs themselves, the others want them around 0.
         scaled = images if name.startswith("EfficientNet") or arguments.model is not None else images / 127.5 - 1
         results = measure(name, model, scaled)
-        write_csv(arguments.output / f"{name}.csv", results)
-        plot(arguments.output / f"{name}.png", name, results)
+        write_csv(files[0], results)
+        plot(files[1], name, results)
     print(f"\nFiles in {arguments.output}")
 
 

@@ -11,6 +11,7 @@ import keras
 import pytest
 
 import keras_proxynorm
+import keras_proxynorm.diagnostics
 import keras_proxynorm.export
 
 MODULES = sorted(
@@ -22,7 +23,7 @@ MODULES = sorted(
 
 def test_public_names():
     assert keras_proxynorm.__all__ == sorted(keras_proxynorm.__all__)
-    for package in (keras_proxynorm, keras_proxynorm.export):
+    for package in (keras_proxynorm, keras_proxynorm.diagnostics, keras_proxynorm.export):
         for name in package.__all__:
             assert inspect.getdoc(getattr(package, name)), name
 
@@ -48,7 +49,7 @@ def test_examples_in_docstrings(name):
 
 
 def test_every_public_docstring_has_an_example():
-    for package in (keras_proxynorm, keras_proxynorm.export):
+    for package in (keras_proxynorm, keras_proxynorm.diagnostics, keras_proxynorm.export):
         for name in package.__all__:
             assert ">>> " in inspect.getdoc(getattr(package, name)), name
 

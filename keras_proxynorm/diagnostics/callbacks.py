@@ -132,7 +132,18 @@ class LogSignalPropagation(_Log):
     Raises:
         ValueError: If an argument is not of the form above.
 
-    Example: as for `LogPowerDecomposition`, with ``LogSignalPropagation((images, labels))``.
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import LogSignalPropagation
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
+    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogSignalPropagation((images, labels))], verbose=0)
+    >>> len(history.history["signal_propagation/cosine/norm"])
+    2
     """
 
     prefix = "signal_propagation"
@@ -174,7 +185,18 @@ class LogLossLandscape(_Log):
     Raises:
         ValueError: If an argument is not of the form above.
 
-    Example: as for `LogPowerDecomposition`, with ``LogLossLandscape((images, labels))``.
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import LogLossLandscape
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
+    >>> model.add(keras.layers.GlobalAveragePooling2D())
+    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
+    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogLossLandscape((images, labels))], verbose=0)
+    >>> len(history.history["loss_landscape/effective_smoothness"])
+    2
     """
 
     prefix = "loss_landscape"

@@ -34,6 +34,12 @@ class Finding:
             statistics far from data"``.
         evidence: The numbers that say so, in words.
         advice: What to try.
+
+    Example:
+
+    >>> from keras_proxynorm.diagnostics import Finding
+    >>> print(Finding("norm", "channel-wise collapse", "93% of its power is in the means of the channels", "..."))
+    norm: channel-wise collapse: 93% of its power is in the means of the channels
     """
 
     layer: str
@@ -58,6 +64,17 @@ class CollapseReport(LayerTable):
         stddev_ratio: Array: by what factor the standard deviations of the channels differ from those of the proxy, or
             from 1, up or down, as a geometric mean over the channels; NaN for other layers.
         findings: Tuple of `Finding`, by layer.
+
+    Example:
+
+    >>> import keras, keras_proxynorm, numpy as np
+    >>> from keras_proxynorm.diagnostics import collapse_report
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
+    >>> model.add(keras_proxynorm.LayerNormProxy())
+    >>> images = np.random.normal(size=(64, 8, 8, 3)) * np.random.uniform(0.5, 2, size=(64, 1, 1, 3))
+    >>> print(collapse_report(model, images, verbose=0))
+    Looked at 1 normalization layer and found nothing wrong: no channel-wise collapse, samples differ, and the data are
+    where the layers expect them.
     """
 
     names: tuple[str, ...]
@@ -72,13 +89,14 @@ class CollapseReport(LayerTable):
 
     def __str__(self):
         count = len(self.names)
+        looked = f"Looked at {count} normalization layer{'s' * (count > 1)}"
         if not self.findings:
             return (
-                f"Looked at {count} normalization layers and found nothing wrong: no channel-wise collapse, samples "
-                "differ, and the data are where the layers expect them."
+                f"{looked} and found nothing wrong: no channel-wise collapse, samples differ, and the data are\n"
+                "where the layers expect them."
             )
         ill = len({finding.layer for finding in self.findings})
-        lines = [f"Looked at {count} normalization layers and found something wrong with {ill}."]
+        lines = [f"{looked} and found something wrong with {ill}."]
         for problem in dict.fromkeys(finding.problem for finding in self.findings):
             found = [finding for finding in self.findings if finding.problem == problem]
             lines += ["", f"{problem.capitalize()} ({len(found)} of {count} layers): {_MEANING[problem]}"]

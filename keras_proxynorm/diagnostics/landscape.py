@@ -32,6 +32,16 @@ class LossLandscape:
         gradient_changes: Array, the Euclidean distance of the gradient there from the gradient before the step.
         largest_stable_step: Float, the largest step size up to which the loss does not diverge; 0 if the smallest of
             `step_sizes` is too large already.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_proxynorm.diagnostics import loss_landscape
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones", use_bias=False)])
+    >>> batch = np.ones((1, 1)), np.zeros((1, 1))
+    >>> landscape = loss_landscape(model, batch, loss="mse", step_sizes=[0.25, 0.5, 2.0])  # of the loss w ** 2
+    >>> landscape.losses.tolist(), landscape.smoothness.tolist(), round(landscape.largest_stable_step, 1)
+    ([0.25, 0.0, 9.0], [2.0, 2.0, 2.0], 1.0)
     """
 
     loss: float

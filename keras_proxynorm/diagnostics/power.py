@@ -31,6 +31,15 @@ class PowerDecomposition(LayerTable):
     Attributes:
         names: Tuple of the names of the layers, in the order in which they are called.
         powers: Array of shape ``(layers, 4)``: P1, P2, P3 and P4 of each layer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_proxynorm.diagnostics import PowerDecomposition
+    >>> print(PowerDecomposition(("norm_1", "norm_2"), np.array([[0.0, 0.1, 0.8, 0.1], [0.45, 0.01, 0.43, 0.01]])))
+    layer          P1         P2         P3         P4      power
+    norm_1     0.0000     0.1000     0.8000     0.1000     1.0000
+    norm_2     0.5000     0.0111     0.4778     0.0111     0.9000
     """
 
     names: tuple[str, ...]

@@ -40,6 +40,15 @@ class SignalPropagation(LayerTable):
             alike, to the batch size, all orthogonal.
         gradient_norm: Array with the Euclidean norm of the gradient of the batch's loss by the output, NaN without a
             loss.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_proxynorm.diagnostics import signal_propagation
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.ReLU(name="relu")])
+    >>> print(signal_propagation(model, np.eye(4), verbose=0))  # orthogonal samples
+    layer       mean        std     cosine  stable_rank  gradient_norm
+    relu        0.25      0.433          0            4            nan
     """
 
     names: tuple[str, ...]
