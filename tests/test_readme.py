@@ -1,4 +1,4 @@
-"""What the README says can be run, and runs."""
+"""What the README and the documentation say can be run, and runs."""
 
 import os
 import pathlib
@@ -8,9 +8,20 @@ import sys
 
 import pytest
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def blocks(text):
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = blocks(README)
+PYTHON = {
+    f"{path.name}-{number}": code
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for number, code in enumerate(code for language, code in blocks(path.read_text()) if language == "python")
+}
 
 
 def test_the_two_commands_come_first():
@@ -22,10 +33,10 @@ def test_the_two_commands_come_first():
 
 
 def test_five_lines_are_five():
-    assert len(PYTHON[0].strip().splitlines()) == 5
+    assert len(PYTHON["README.md-0"].strip().splitlines()) == 5
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+@pytest.mark.parametrize("code", PYTHON.values(), ids=PYTHON)
 def test_code_runs(code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,5 +1,6 @@
 """Says in words which layers of a network are in trouble, and what to try."""
 
+import textwrap
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -99,9 +100,10 @@ class CollapseReport(LayerTable):
         lines = [f"{looked} and found something wrong with {ill}."]
         for problem in dict.fromkeys(finding.problem for finding in self.findings):
             found = [finding for finding in self.findings if finding.problem == problem]
-            lines += ["", f"{problem.capitalize()} ({len(found)} of {count} layers): {_MEANING[problem]}"]
+            lines += ["", *textwrap.wrap(f"{problem.capitalize()} ({len(found)} of {count}): {_MEANING[problem]}", 100)]
             lines += [f"  {finding.layer}: {finding.evidence}" for finding in found]
-            lines += [f"  Try: {advice}" for advice in dict.fromkeys(finding.advice for finding in found)]
+            for advice in dict.fromkeys(finding.advice for finding in found):
+                lines += textwrap.wrap(f"Try {advice}", 100, initial_indent="  ", subsequent_indent="  ")
         return "\n".join(lines)
 
     def plot(self, ax=None, title: str | None = None):
