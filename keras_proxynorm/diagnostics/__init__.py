@@ -10,8 +10,8 @@ from keras_proxynorm.diagnostics.landscape import LossLandscape
 from keras_proxynorm.diagnostics.landscape import loss_landscape
 from keras_proxynorm.diagnostics.power import PowerDecomposition
 from keras_proxynorm.diagnostics.power import power_decomposition
-from keras_proxynorm.diagnostics.signal import SignalPropagation
-from keras_proxynorm.diagnostics.signal import signal_propagation
+from keras_proxynorm.diagnostics.propagation import SignalPropagation
+from keras_proxynorm.diagnostics.propagation import signal_propagation
 
 __all__ = [
     "CollapseReport",

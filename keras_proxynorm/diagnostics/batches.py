@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-__all__ = ["Batch", "batches", "check_model"]
+from keras_proxynorm.layers.base import as_integer
+
+__all__ = ["Batch", "as_positive_integer", "batches", "check_model"]
 
 # Inputs, targets and sample weights; the last two may be None.
 Batch = tuple
@@ -29,8 +31,8 @@ def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int =
 
     Args:
         data: Inputs, or a tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, of arrays or tensors or
-            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader or any other
-            iterable of such batches.
+            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator
+            or any other iterable of such batches but a list, which is one structure.
         batch_size: Positive integer, the size of the batches that arrays are cut into.
         steps: Positive integer, the largest number of batches, or None for all.
         verbose: 1 for a progress bar, 0 for none.
@@ -41,11 +43,17 @@ def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int =
     Raises:
         ValueError: If an argument is not of the form above, or if there is no batch.
     """
-    for name, value in {"batch_size": batch_size, "steps": steps}.items():
-        if (name, value) != ("steps", None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            optional = " or None" if name == "steps" else ""
-            raise ValueError(f"Argument `{name}` must be a positive integer{optional}. Received: {name}={value!r}")
+    batch_size = as_positive_integer("batch_size", batch_size)
+    steps = None if steps is None else as_positive_integer("steps", steps)
     return _with_progress(*_source(data, batch_size), steps, verbose)
+
+
+def as_positive_integer(name: str, value) -> int:
+    """`value` as a positive Python integer, or a ValueError."""
+    value = as_integer(name, value, "a positive integer")
+    if value < 1:
+        raise ValueError(f"Argument `{name}` must be a positive integer. Received: {name}={value}")
+    return value
 
 
 def _source(data, batch_size) -> tuple[Iterable, int | None]:
@@ -54,7 +62,7 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
         count = data.num_batches
         indices: Iterable[int] = itertools.count() if count is None else range(int(count))
         return (data[index] for index in indices), count
-    leaves = keras.tree.flatten(data)
+    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
         sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}
         if len(sizes) > 1 or not all(sizes):
@@ -64,8 +72,13 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
             )
         size = int(leaves[0].shape[0])
         starts = range(0, size, batch_size)
-        cut = (keras.tree.map_structure(lambda x, i=i: x[i : i + batch_size], data) for i in starts)
-        return cut, len(starts)
+        # A list is a model's inputs; only a tuple has targets.
+        data = data if isinstance(data, tuple) else (data,)
+
+        def cut(start):
+            return keras.tree.map_structure(lambda x: None if x is None else x[start : start + batch_size], data)
+
+        return map(cut, starts), len(starts)
     if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
         raise ValueError(
             "Argument `data` must be arrays, a tuple (inputs, targets), or a dataset of batches. "

@@ -1,13 +1,16 @@
 """Keras callbacks that log the diagnostics during `fit`."""
 
 import abc
+import importlib.util
 import os
 
 import keras
+import numpy as np
 
+from keras_proxynorm.diagnostics.batches import as_positive_integer
 from keras_proxynorm.diagnostics.landscape import loss_landscape
 from keras_proxynorm.diagnostics.power import power_decomposition
-from keras_proxynorm.diagnostics.signal import signal_propagation
+from keras_proxynorm.diagnostics.propagation import signal_propagation
 
 __all__ = ["LogLossLandscape", "LogPowerDecomposition", "LogSignalPropagation"]
 
@@ -20,9 +23,9 @@ class _Log(keras.callbacks.Callback, abc.ABC):
 
     def __init__(self, every: int = 1, log_dir: str | os.PathLike | None = None):
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"Argument `every` must be a positive integer, of epochs. Received: every={every!r}")
-        self.every = every
+        self.every = as_positive_integer("every", every)
+        if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError('Logging to TensorBoard needs: pip install "keras_proxynorm[tensorboard]"')
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.results: dict[int, object] = {}
         self._writer = None
@@ -81,6 +84,7 @@ class LogPowerDecomposition(_Log):
         steps: As in `power_decomposition`.
 
     Raises:
+        ImportError: If there is a `log_dir` and tensorboard is not installed.
         ValueError: If an argument is not of the form above.
 
     Example:
@@ -130,6 +134,7 @@ class LogSignalPropagation(_Log):
         steps: As in `signal_propagation`.
 
     Raises:
+        ImportError: If there is a `log_dir` and tensorboard is not installed.
         ValueError: If an argument is not of the form above.
 
     Example:
@@ -155,12 +160,14 @@ class LogSignalPropagation(_Log):
 
     def measure(self):
         result = signal_propagation(self.model, self.data, verbose=0, **self.options)
-        columns = {title: values.tolist() for title, values in result.columns().items()}
+        columns = result.columns()
+        # Without targets. After a training that failed, all numbers are NaN.
+        if np.isnan(columns["gradient_norm"]).all() and not np.isnan(columns["mean"]).all():
+            del columns["gradient_norm"]
         return result, {
             f"{title}/{name}": value
             for title, values in columns.items()
-            for name, value in zip(result.names, values, strict=True)
-            if value == value  # no gradients without targets
+            for name, value in zip(result.names, values.tolist(), strict=True)
         }
 
 
@@ -183,6 +190,7 @@ class LogLossLandscape(_Log):
         training: As in `loss_landscape`. Defaults to True.
 
     Raises:
+        ImportError: If there is a `log_dir` and tensorboard is not installed.
         ValueError: If an argument is not of the form above.
 
     Example:

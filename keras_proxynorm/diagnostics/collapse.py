@@ -9,8 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.diagnostics.observation import LayerChoice
-from keras_proxynorm.diagnostics.observation import choose
-from keras_proxynorm.diagnostics.observation import is_normalization
 from keras_proxynorm.diagnostics.power import PowerDecomposition
 from keras_proxynorm.diagnostics.power import channel_powers
 from keras_proxynorm.diagnostics.tables import LayerTable
@@ -21,6 +19,7 @@ __all__ = ["CollapseReport", "Finding", "collapse_report"]
 # Choices of this package: the paper calls these states by name and gives no limits.
 _COLLAPSED = 0.5
 _SAMPLES_ALIKE = 2e-3
+_VANISHED = 1e-2
 _FAR_MEAN = 0.5
 _FAR_STDDEV = 2.0
 
@@ -31,8 +30,8 @@ class Finding:
 
     Attributes:
         layer: Name of the layer.
-        problem: ``"channel-wise collapse"``, ``"no instance variability"``, ``"proxy far from data"`` or ``"moving
-            statistics far from data"``.
+        problem: ``"values not finite"``, ``"vanished input"``, ``"channel-wise collapse"``, ``"no instance
+            variability"``, ``"proxy far from data"`` or ``"moving statistics far from data"``.
         evidence: The numbers that say so, in words.
         advice: What to try.
 
@@ -63,7 +62,7 @@ class CollapseReport(LayerTable):
             the layer counts on, root mean square over the channels, in standard deviations. It counts on its proxy, or
             for a batch normalization on mean 0; NaN for other layers.
         stddev_ratio: Array: by what factor the standard deviations of the channels differ from those of the proxy, or
-            from 1, up or down, as a geometric mean over the channels; NaN for other layers.
+            from 1, up or down, the median over the channels; NaN for other layers.
         findings: Tuple of `Finding`, by layer.
 
     Example:
@@ -100,7 +99,10 @@ class CollapseReport(LayerTable):
         lines = [f"{looked} and found something wrong with {ill}."]
         for problem in dict.fromkeys(finding.problem for finding in self.findings):
             found = [finding for finding in self.findings if finding.problem == problem]
-            lines += ["", *textwrap.wrap(f"{problem.capitalize()} ({len(found)} of {count}): {_MEANING[problem]}", 100)]
+            lines += [
+                "",
+                *textwrap.wrap(f"{problem.capitalize()} ({len(found)} of {count} layers): {_MEANING[problem]}", 100),
+            ]
             lines += [f"  {finding.layer}: {finding.evidence}" for finding in found]
             for advice in dict.fromkeys(finding.advice for finding in found):
                 lines += textwrap.wrap(f"Try {advice}", 100, initial_indent="  ", subsequent_indent="  ")
@@ -112,6 +114,8 @@ class CollapseReport(LayerTable):
 
 
 _MEANING = {
+    "values not finite": "there are infinite values or NaN in it, and in all that follows.",
+    "vanished input": "the input hardly varies, epsilon outweighs its variance, and the output is nearly constant.",
     "channel-wise collapse": "channels are nearly constant, over samples and positions, so that the layer sees little "
     "but their means and the network behind it is nearly linear.",
     "no instance variability": "samples have the same mean and standard deviation in each channel, so what tells them "
@@ -140,8 +144,11 @@ def collapse_report(
     - channel-wise collapse: P1, the share of the channels' means, is at least 0.5;
     - no instance variability: P2 + P4, what differs between samples, is less than 0.002 of P2 + P3 + P4;
     - proxy far from data: the channels' means are off by more than 0.5 standard deviations of the proxy, or their
-      standard deviations by a factor of more than 2;
-    - moving statistics far from data: the same for batch normalization with ``training=False``.
+      standard deviations by a factor of more than 2, as a median;
+    - moving statistics far from data: the same for batch normalization with ``training=False``;
+    - vanished input: the mean square of what is normalized is below 0.01, because epsilon outweighs the variance; not
+      for batch normalization;
+    - values not finite.
 
     The limits are choices of this package.
 
@@ -176,12 +183,11 @@ def collapse_report(
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
-    chosen = choose(model, layers, is_normalization, "normalization layer")
-    power = PowerDecomposition(tuple(measured), np.stack([powers.terms for powers in measured.values()]))
-    offs = np.array([_off(chosen[name], powers, training) for name, powers in measured.items()])
+    power = PowerDecomposition(tuple(measured), np.stack([powers.terms for _, powers in measured.values()]))
+    offs = np.array([_off(layer, powers, training) for layer, powers in measured.values()])
     findings = []
-    for name, fractions, off in zip(power.names, power.fractions, offs, strict=True):
-        findings += _findings(name, chosen[name], len(measured[name].mean), fractions, *off)
+    for (name, (layer, powers)), terms, off in zip(measured.items(), power.powers, offs, strict=True):
+        findings += _findings(name, layer, powers, terms, *off)
     return CollapseReport(power.names, power, offs[:, 0], offs[:, 1], tuple(findings))
 
 
@@ -194,14 +200,28 @@ def _off(layer, powers, training):
         mean, stddev = (ops.convert_to_numpy(x).astype("float64") for x in (layer.proxy_mean, layer.proxy_stddev))
     elif not isinstance(layer, keras.layers.BatchNormalization) or (training and layer.trainable):
         return np.nan, np.nan
+    variance = powers.variance
+    if isinstance(layer, keras.layers.BatchNormalization):
+        # What it divides by has epsilon in it, so a variance of 0 is no reason to expect 1.
+        moving = ops.convert_to_numpy(layer.moving_variance).astype("float64")
+        variance = variance + layer.epsilon / (moving + layer.epsilon)
     tiny = np.finfo("float32").tiny
     distance = np.sqrt(np.mean(np.square((powers.mean - mean) / np.maximum(stddev, tiny))))
-    ratios = np.log(np.maximum(np.sqrt(powers.variance), tiny) / np.maximum(stddev, tiny))
-    return distance, np.exp(np.mean(np.abs(ratios)))
+    ratios = np.log(np.maximum(np.sqrt(variance), tiny) / np.maximum(stddev, tiny))
+    return distance, np.exp(np.median(np.abs(ratios)))
 
 
-def _findings(name, layer, channels, fractions, mean_distance, stddev_ratio):
-    p1, p2, p3, p4 = fractions
+def _findings(name, layer, powers, terms, mean_distance, stddev_ratio):
+    total = terms.sum()
+    if not np.isfinite(total):
+        advice = "a smaller learning rate, or a look at the data and at the layers in front of it."
+        yield Finding(name, "values not finite", f"its mean square is {total}", advice)
+        return
+    if total < _VANISHED and not isinstance(layer, keras.layers.BatchNormalization):
+        advice = "a smaller epsilon, or larger weights in front of it."
+        yield Finding(name, "vanished input", f"the mean square of what it normalizes is {total:.2g}, not 1", advice)
+        return
+    p1, p2, p3, p4 = terms / (total or 1)
     if p1 >= _COLLAPSED:
         if isinstance(layer, ProxyNormalizationLayer):
             advice = "see whether its proxy, or that of the layer in front of it, is far from the data."
@@ -213,8 +233,8 @@ def _findings(name, layer, channels, fractions, mean_distance, stddev_ratio):
         yield Finding(name, "channel-wise collapse", f"{p1:.0%} of its power is in the means of the channels", advice)
     # Without positions there is nothing but samples to differ.
     differs = (p2 + p4) / (p2 + p3 + p4) if p3 > 0 else 1.0
-    if differs < _SAMPLES_ALIKE:
-        if getattr(layer, "groups", None) in (-1, channels):
+    if differs < _SAMPLES_ALIKE and powers.samples > 1:
+        if getattr(layer, "groups", None) in (-1, len(powers.mean)):
             advice = "fewer groups: with one channel in each, all that can differ is normalized away."
         else:
             advice = "fewer groups, or data that differ more."

@@ -36,21 +36,30 @@ def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
 
         return compiled
     function = keras.losses.get(loss)
+    if not isinstance(function, keras.losses.Loss):
+        function = _LossOfFunction(function)
 
     def given(inputs, targets, weights):
-        outputs = model(inputs, training=training)
-        if isinstance(function, keras.losses.Loss):
-            return function(targets, outputs, sample_weight=weights)
-        losses = function(targets, outputs)
-        if weights is not None:
-            losses = losses * ops.cast(weights, losses.dtype)
-        return ops.mean(losses)
+        return function(targets, model(inputs, training=training), sample_weight=weights)
 
     return given
 
 
+class _LossOfFunction(keras.losses.Loss):
+    """The mean of what a function of targets and outputs returns, as `compile` takes it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, y_true, y_pred):
+        return self.function(y_true, y_pred)
+
+
 def value_and_gradients(function: Callable, values: list) -> tuple:
     """A scalar function of a list of tensors, and its gradients; None in place of a gradient means zero."""
+    if not values:
+        return function([]), []
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -59,7 +68,9 @@ def value_and_gradients(function: Callable, values: list) -> tuple:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             result = function(values)
-        return result, tape.gradient(result, values)
+        gradients = tape.gradient(result, values)
+        # Those of embeddings are sparse.
+        return result, [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
     if backend == "jax":
         import jax
 

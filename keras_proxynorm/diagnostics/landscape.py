@@ -1,5 +1,6 @@
 """The loss along the gradient: how far can a step go, and how well does the gradient predict what it finds there?"""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from keras_proxynorm.diagnostics.batches import check_model
 from keras_proxynorm.diagnostics.gradients import batch_loss
 from keras_proxynorm.diagnostics.gradients import norm
 from keras_proxynorm.diagnostics.gradients import value_and_gradients
+from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.plots import plot_landscape
 
 __all__ = ["LossLandscape", "loss_landscape"]
@@ -53,13 +55,14 @@ class LossLandscape:
 
     @property
     def relative_losses(self) -> np.ndarray:
-        """`losses`, divided by `loss` (Bjorck et al.)."""
-        return self.losses / self.loss
+        """`losses`, divided by `loss` (Bjorck et al.); NaN for a loss of 0."""
+        return self.losses / self.loss if self.loss else np.full_like(self.losses, np.nan)
 
     @property
     def smoothness(self) -> np.ndarray:
-        """The change of the gradient, divided by the length of the step, for each step size."""
-        return self.gradient_changes / (self.step_sizes * self.gradient_norm)
+        """The change of the gradient, divided by the length of the step, for each step size; NaN without a gradient."""
+        lengths = self.step_sizes * self.gradient_norm
+        return np.divide(self.gradient_changes, lengths, out=np.full_like(lengths, np.nan), where=lengths > 0)
 
     @property
     def loss_range(self) -> tuple[float, float]:
@@ -144,7 +147,7 @@ def loss_landscape(
 
     Raises:
         ValueError: If the model is not built, has no trainable weights or no loss, or if an argument is not of the form
-            above.
+            above. A loss that is not finite is no error, and gives NaN.
 
     Example:
 
@@ -170,12 +173,8 @@ def loss_landscape(
         raise ValueError(
             f"Argument `model` must have trainable weights. Received: the model '{model.name}' without any"
         )
-    sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else np.array(step_sizes, "float64")
-    if sizes.ndim != 1 or not sizes.size or not (sizes > 0).all() or not (np.diff(sizes) > 0).all():
-        raise ValueError(
-            f"Argument `step_sizes` must be positive numbers in increasing order. Received: step_sizes={step_sizes!r}"
-        )
-    if isinstance(divergence, bool) or not isinstance(divergence, (int, float)) or not divergence > 0:
+    sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else _as_step_sizes(step_sizes)
+    if isinstance(divergence, bool) or not isinstance(divergence, numbers.Real) or not divergence > 0:
         raise ValueError(f"Argument `divergence` must be a positive number. Received: divergence={divergence!r}")
     compute_loss = batch_loss(model, loss, training)
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
@@ -187,17 +186,12 @@ def loss_landscape(
     ((inputs, targets, weights),) = batches(iter([batch]))
 
     def loss_at(values):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+        with left_unchanged(variables, values):
             return compute_loss(inputs, targets, weights)
 
     start = [keras.ops.convert_to_tensor(variable) for variable in variables]
     before, gradient = value_and_gradients(loss_at, start)
-    before, length = float(before), norm(gradient)
-    if not np.isfinite([before, length]).all() or length == 0:
-        raise ValueError(
-            "Argument `model` must have a finite loss and a gradient that is not zero on `batch`. "
-            f"Received: a loss of {before} and a gradient of length {length}"
-        )
+    before, length = _number(before), norm(gradient)
 
     def after(size):
         return [w if g is None else w - keras.ops.cast(size, w.dtype) * g for w, g in zip(start, gradient, strict=True)]
@@ -206,15 +200,40 @@ def loss_landscape(
     for size in sizes:
         value, there = value_and_gradients(loss_at, after(size))
         pairs = zip(there, gradient, strict=True)
-        losses.append(float(value))
+        losses.append(_number(value))
         changes.append(norm([_difference(a, b) for a, b in pairs]))
 
+    # What the smallest steps change may be less than the rounding of the loss.
+    limit = before + (divergence - 1 + 4 * _rounding(model)) * abs(before)
+
     def is_stable(value):
-        return bool(np.isfinite(value) and value <= divergence * before)
+        return bool(np.isfinite(value) and value <= limit)
 
     stable = [is_stable(value) for value in losses]
-    largest = _last_stable(sizes, stable, lambda size: is_stable(float(loss_at(after(size)))))
+    largest = _last_stable(sizes, stable, lambda size: is_stable(_number(loss_at(after(size)))))
     return LossLandscape(before, length, sizes, np.array(losses), np.array(changes), largest)
+
+
+def _as_step_sizes(step_sizes):
+    try:
+        sizes = np.array(step_sizes, "float64")
+    except (TypeError, ValueError):
+        sizes = np.array([])
+    if sizes.ndim != 1 or not sizes.size or not np.isfinite(sizes).all() or not (np.diff(sizes, prepend=0) > 0).all():
+        raise ValueError(
+            f"Argument `step_sizes` must be positive numbers in increasing order. Received: step_sizes={step_sizes!r}"
+        )
+    return sizes
+
+
+def _number(scalar):
+    return float(keras.ops.convert_to_numpy(scalar))
+
+
+def _rounding(model):
+    """The unit of rounding of the least precise of the layers."""
+    units = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}
+    return max(units.get(layer.compute_dtype, 2.0**-23) for layer in model._flatten_layers())
 
 
 def _difference(a, b):
@@ -238,6 +257,8 @@ def _last_stable(sizes, stable, is_stable):
 
 
 def _range(values):
-    """The smallest and the largest, NaN being larger than all."""
+    """The smallest and the largest, NaN being larger than all; NaN if there is nothing else."""
+    if np.isnan(values).all():
+        return np.nan, np.nan
     values = np.where(np.isnan(values), np.inf, values)
     return float(values.min()), float(values.max())

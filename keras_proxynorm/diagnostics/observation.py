@@ -1,5 +1,6 @@
 """Looks at what the layers of a model compute, while it runs as it is."""
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable
@@ -19,9 +20,11 @@ __all__ = [
     "channel_statistics",
     "check_all_seen",
     "choose",
+    "distinct",
     "has_activation",
     "is_normalization",
     "is_visible",
+    "left_unchanged",
     "normalized_input",
     "observed",
 ]
@@ -54,7 +57,7 @@ def has_activation(layer: keras.layers.Layer) -> bool:
     if isinstance(layer, _ACTIVATIONS) and not hasattr(layer, "activation"):
         return True
     # Recurrent layers have one inside.
-    if isinstance(layer, keras_layers.RNN):
+    if isinstance(layer, keras_layers.RNN) or hasattr(layer, "state_size"):
         return False
     activation = getattr(layer, "activation", None)
     name = getattr(activation, "__name__", type(activation).__name__)
@@ -148,10 +151,45 @@ def observed(layers: dict[str, keras.layers.Layer], observe: Callable) -> Iterat
                 object.__delattr__(layer, "call")
 
 
+@contextlib.contextmanager
+def left_unchanged(variables: Iterable, values: Iterable | None = None) -> Iterator[None]:
+    """Undoes what is done to variables and random states in the block, which may see other values of some variables.
+
+    Args:
+        variables: Those that have other values, or that losses are added for.
+        values: Their values. Defaults to those that they have.
+    """
+    values = [variable.value for variable in variables] if values is None else values
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "torch":
+            import torch
+
+            # The random numbers of dropout without a seed. The same for all blocks, as those with a seed are.
+            stack.enter_context(torch.random.fork_rng())
+        # Without a value here, Keras finds none for the regularization of a variable.
+        stack.enter_context(keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))))
+        yield
+
+
+def distinct(keys: Iterable[tuple[str, int]]) -> list[str]:
+    """Names for the outputs of layers, of which one may have outputs with different numbers of channels.
+
+    >>> from keras_proxynorm.diagnostics.observation import distinct
+    >>> distinct([("relu", 8), ("norm", 8), ("relu", 16)])
+    ['relu', 'norm', 'relu#2']
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    names = []
+    for name, _ in keys:
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+    return names
+
+
 def normalized_input(layer: keras.layers.Layer, call: Callable, args: tuple, kwargs: dict):
     """What a normalization layer computes in one call, before its scale and offset and what follows them."""
     if isinstance(layer, ProxyNormalizationLayer):
-        return layer.normalize_inputs(*args, **{key: value for key, value in kwargs.items() if key == "mask"})
+        return layer.normalize_inputs(*args, **{key: kwargs[key] for key in ("inputs", "mask") if key in kwargs})
     neutral = {"gamma": ops.ones, "scale": ops.ones, "beta": ops.zeros}
     weights = [(getattr(layer, name, None), make) for name, make in neutral.items()]
     mapping = [(x, make(x.shape, x.dtype)) for x, make in weights if isinstance(x, keras.Variable)]

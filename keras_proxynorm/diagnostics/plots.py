@@ -64,7 +64,9 @@ _SIGNALS = {
 
 def plot_signal(result, axes=None, label=None):
     """A panel for each quantity, against depth."""
-    columns = {name: values for name, values in result.columns().items() if not np.isnan(values).all()}
+    columns = result.columns()
+    if np.isnan(columns["gradient_norm"]).all():
+        del columns["gradient_norm"]
     axes = new_axes(1, len(columns), panel=(2.5, 2.4))[0] if axes is None else np.ravel(axes)
     if len(axes) < len(columns):
         raise ValueError(f"Argument `axes` must have {len(columns)} axes. Received: {len(axes)}")
@@ -75,9 +77,9 @@ def plot_signal(result, axes=None, label=None):
         style = _LINE_STYLES[len(ax.lines) % len(_LINE_STYLES)]
         ax.plot(depth, values, markersize=3, linewidth=1.2, label=label, **style)
         ax.set(xlabel="layer", title=title)
-        positive = values[np.isfinite(values)]
-        if scale == "log" and positive.size and (positive > 0).all():
-            ax.set_yscale("log")
+        shown = np.concatenate([line.get_ydata() for line in ax.lines])
+        positive = shown[np.isfinite(shown)] > 0
+        ax.set_yscale("log" if scale == "log" and positive.size and positive.all() else "linear")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     if label is not None:
@@ -98,10 +100,11 @@ def plot_landscape(result, axes=None):
         shown = np.isfinite(values)
         ax.plot(steps[shown], values[shown], markersize=3, linewidth=1.2, **_LINE_STYLES[0])
         ax.set(xlabel="step size", ylabel=label, xscale="log")
-        ax.set_xlim(steps[0], steps[-1])
-        if limit is None:
+        if len(steps) > 1:
+            ax.set_xlim(steps[0], steps[-1])
+        if limit is None and (values[shown] > 0).any():
             ax.set_yscale("log")
-        else:
+        if limit is not None:
             ax.axhline(limit, color="0.4", linewidth=0.8)
             ax.set_ylim(0, 2 * limit)
         if result.largest_stable_step > 0:

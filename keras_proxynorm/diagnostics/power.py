@@ -13,8 +13,10 @@ from keras_proxynorm.diagnostics.observation import channel_axis
 from keras_proxynorm.diagnostics.observation import channel_statistics
 from keras_proxynorm.diagnostics.observation import check_all_seen
 from keras_proxynorm.diagnostics.observation import choose
+from keras_proxynorm.diagnostics.observation import distinct
 from keras_proxynorm.diagnostics.observation import is_normalization
 from keras_proxynorm.diagnostics.observation import is_visible
+from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.observation import normalized_input
 from keras_proxynorm.diagnostics.observation import observed
 from keras_proxynorm.diagnostics.plots import plot_powers
@@ -50,7 +52,7 @@ class PowerDecomposition(LayerTable):
     def fractions(self) -> np.ndarray:
         """`powers`, each row divided by its sum; 0 where that is 0."""
         total = self.powers.sum(axis=1, keepdims=True)
-        return np.divide(self.powers, total, out=np.zeros_like(self.powers), where=total > 0)
+        return np.divide(self.powers, total, out=np.zeros_like(self.powers), where=total != 0)
 
     def columns(self):
         return {**{f"P{i + 1}": self.fractions[:, i] for i in range(4)}, "power": self.powers.sum(axis=1)}
@@ -132,27 +134,29 @@ def power_decomposition(
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), section 4
     """
     measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
-    return PowerDecomposition(tuple(measured), np.stack([powers.terms for powers in measured.values()]))
+    return PowerDecomposition(tuple(measured), np.stack([powers.terms for _, powers in measured.values()]))
 
 
-def channel_powers(model, data, layers, training, batch_size, steps, verbose) -> dict[str, ChannelPowers]:
-    """The statistics behind `power_decomposition`, by the name of the layer."""
+def channel_powers(
+    model, data, layers, training, batch_size, steps, verbose
+) -> dict[str, tuple[keras.layers.Layer, ChannelPowers]]:
+    """The layers and the statistics behind `power_decomposition`, by name."""
     check_model(model)
     chosen = choose(model, layers, is_normalization, "normalization layer")
-    measured: dict[str, ChannelPowers] = {}
+    measured: dict[tuple[str, int], ChannelPowers] = {}
 
     def observe(name, layer, call, args, kwargs):
         outputs = call(*args, **kwargs)
         value = normalized_input(layer, call, args, kwargs) if is_normalization(layer) else outputs
         if is_visible(value):
             statistics = channel_statistics(value, channel_axis(layer, len(value.shape)))
-            measured.setdefault(name, ChannelPowers()).update(statistics)
+            measured.setdefault((name, statistics.shape[-1]), ChannelPowers()).update(statistics)
         return outputs
 
     with observed(chosen, observe):
         for inputs, _, _ in batches(data, batch_size, steps, verbose):
-            # Nothing is left in the model of what happens to its variables here.
-            with keras.StatelessScope():
+            with left_unchanged(model.trainable_variables):
                 model(inputs, training=training)
-    check_all_seen(chosen, measured)
-    return measured
+    check_all_seen(chosen, {name for name, _ in measured})
+    layers = [chosen[name] for name, _ in measured]
+    return dict(zip(distinct(measured), zip(layers, measured.values(), strict=True), strict=True))

@@ -47,6 +47,11 @@ class ChannelPowers:
         self._stddevs.update(stddevs)
 
     @property
+    def samples(self) -> int:
+        """How many samples there were."""
+        return self._means.count
+
+    @property
     def terms(self) -> np.ndarray:
         """The four power terms, averaged over the channels: an array of shape ``(4,)``."""
         means, stddevs = self._means, self._stddevs

@@ -124,9 +124,7 @@ def test_tf_data():
 def test_torch_data_loader():
     torch = pytest.importorskip("torch")
     tensors = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
-    found = [
-        (np.asarray(x), np.asarray(y)) for x, y, _ in batches(torch.utils.data.DataLoader(tensors, 3), verbose=0)
-    ]
+    found = [(np.asarray(x), np.asarray(y)) for x, y, _ in batches(torch.utils.data.DataLoader(tensors, 3), verbose=0)]
     np.testing.assert_array_equal(np.concatenate([x for x, _ in found]), X)
     np.testing.assert_array_equal(np.concatenate([y for _, y in found]), Y)
 
@@ -145,7 +143,7 @@ def test_progress_bar(verbose, capsys):
     if not verbose:
         assert not printed
     lists(iter([(X,), (X,)]), verbose=verbose)
-    assert ("2/2" in capsys.readouterr().out) == bool(verbose)
+    assert ("2/" in capsys.readouterr().out) == bool(verbose)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "steps"])

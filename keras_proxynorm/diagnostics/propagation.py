@@ -16,8 +16,10 @@ from keras_proxynorm.diagnostics.observation import channel_axis
 from keras_proxynorm.diagnostics.observation import channel_statistics
 from keras_proxynorm.diagnostics.observation import check_all_seen
 from keras_proxynorm.diagnostics.observation import choose
+from keras_proxynorm.diagnostics.observation import distinct
 from keras_proxynorm.diagnostics.observation import has_activation
 from keras_proxynorm.diagnostics.observation import is_visible
+from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.observation import observed
 from keras_proxynorm.diagnostics.plots import plot_signal
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
@@ -100,8 +102,8 @@ def signal_propagation(
         data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
             for `fit`.
         layers: The layers, as in `power_decomposition`. Defaults to all whose output is an activation: activation
-            layers, the layers of this package, and layers with an activation of their own that is not linear. "Beyond
-            BatchNorm" takes the gradients by the outputs of convolutions: ``layers=keras.layers.Conv2D``.
+            layers, and layers with an activation of their own that is not linear, those of this package among them.
+            "Beyond BatchNorm" takes the gradients by the outputs of convolutions: ``layers=keras.layers.Conv2D``.
         loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with.
         training: Whether the model is called as in training, with the statistics of the batch for batch
             normalizations (their moving averages stay as they are). Defaults to True.
@@ -138,18 +140,18 @@ def signal_propagation(
     # Targets without a loss, and a loss without targets, are no error unless a loss was asked for.
     has_loss = loss is not None or (getattr(model, "compiled", False) and getattr(model, "loss", None) is not None)
     compute_loss = batch_loss(model, loss, training) if has_loss else None
-    signals: dict[str, _Signal] = {}
+    signals: dict[tuple[str, int], _Signal] = {}
     for inputs, targets, weights in batches(data, batch_size, steps, verbose):
         calls, outputs = _outputs(model, chosen, inputs, training, signals)
         if compute_loss is not None and targets is not None:
-            gradients = _gradients(compute_loss, (inputs, targets, weights), chosen, calls, outputs)
-            for name, gradient in gradients.items():
-                signals[name].gradient_norms.update(np.array([norm(gradient)]))
+            gradients = _gradient_norms(model, compute_loss, (inputs, targets, weights), chosen, calls, outputs)
+            for key, length in gradients.items():
+                signals[key].gradient_norms.update(np.array([length]))
         elif loss is not None:
             raise ValueError("Argument `data` must have targets for `loss`: a tuple (inputs, targets). Received: none")
-    check_all_seen(chosen, signals)
+    check_all_seen(chosen, {name for name, _ in signals})
     rows = np.array([signal.row() for signal in signals.values()])
-    return SignalPropagation(tuple(signals), *rows.T)
+    return SignalPropagation(tuple(distinct(signals)), *rows.T)
 
 
 class _Signal:
@@ -159,10 +161,10 @@ class _Signal:
         self.channels = ChannelPowers()
         self.cosines, self.ranks, self.gradient_norms = StreamingMoments(), StreamingMoments(), StreamingMoments()
 
-    def update(self, outputs, axis):
-        self.channels.update(channel_statistics(outputs, axis))
+    def update(self, outputs, statistics):
+        self.channels.update(statistics)
         cosine, rank = similarity(ops.convert_to_numpy(ops.cast(outputs, "float32")))
-        if np.isfinite(cosine):
+        if len(outputs) > 1:
             self.cosines.update(np.array([cosine]))
         self.ranks.update(np.array([rank]))
 
@@ -173,6 +175,8 @@ class _Signal:
 
 def similarity(outputs: np.ndarray) -> tuple[float, float]:
     """The average cosine between two samples, NaN for one sample, and the stable rank of all cosines."""
+    if not np.isfinite(outputs).all():
+        return np.nan, np.nan
     samples = outputs.reshape(len(outputs), -1).astype("float64")
     lengths = np.linalg.norm(samples, axis=1, keepdims=True)
     samples = np.divide(samples, lengths, out=np.zeros_like(samples), where=lengths > 0)
@@ -184,26 +188,30 @@ def similarity(outputs: np.ndarray) -> tuple[float, float]:
 
 
 def _outputs(model, chosen, inputs, training, signals):
-    """Runs the model and takes in what it computes; returns the names and the outputs of all calls."""
-    calls: list[str] = []
+    """Runs the model and takes in what it computes; returns the keys in `signals` and the outputs of all calls."""
+    calls: list[tuple[str, int]] = []
     outputs = []
 
     def observe(name, layer, call, args, kwargs):
         output = call(*args, **kwargs)
         if is_visible(output):
-            signals.setdefault(name, _Signal()).update(output, channel_axis(layer, len(output.shape)))
-            calls.append(name)
+            statistics = channel_statistics(output, channel_axis(layer, len(output.shape)))
+            key = name, statistics.shape[-1]
+            signals.setdefault(key, _Signal()).update(output, statistics)
+            calls.append(key)
             outputs.append(output)
         return output
 
-    with observed(chosen, observe), keras.StatelessScope():
+    with observed(chosen, observe), left_unchanged(model.trainable_variables):
         model(inputs, training=training)
     return calls, outputs
 
 
-def _gradients(compute_loss, batch, chosen, calls, outputs):
-    """The gradients of the loss by the outputs of all calls, as a list for each layer."""
-    visible = {name: chosen[name] for name in calls}
+def _gradient_norms(model, compute_loss, batch, chosen, calls, outputs):
+    """The norm of the gradient of the loss by the outputs of all calls that share a key."""
+    visible = {name: chosen[name] for name, _ in calls}
+    # Lest small gradients vanish in float16.
+    loss_scale = 2.0**10 if "float16" in {keras.backend.standardize_dtype(x.dtype) for x in outputs} else 1.0
 
     def perturbed_loss(perturbations):
         left = iter(perturbations)
@@ -211,11 +219,11 @@ def _gradients(compute_loss, batch, chosen, calls, outputs):
         def observe(name, layer, call, args, kwargs):
             return call(*args, **kwargs) + next(left)
 
-        with observed(visible, observe), keras.StatelessScope():
-            return compute_loss(*batch)
+        with observed(visible, observe), left_unchanged(model.trainable_variables):
+            return loss_scale * compute_loss(*batch)
 
     _, gradients = value_and_gradients(perturbed_loss, [ops.zeros(x.shape, x.dtype) for x in outputs])
-    by_layer: dict[str, list] = {name: [] for name in calls}
-    for name, gradient in zip(calls, gradients, strict=True):
-        by_layer[name].append(gradient)
-    return by_layer
+    by_key: dict[tuple[str, int], list] = {key: [] for key in calls}
+    for key, gradient in zip(calls, gradients, strict=True):
+        by_key[key].append(gradient)
+    return {key: norm(several) / loss_scale for key, several in by_key.items()}
