@@ -27,13 +27,12 @@ if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
     sys.exit('This example needs scikit-learn and matplotlib: pip install "keras_proxynorm[examples,plots]"')
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_sample_images
 
 from keras_proxynorm import replace_normalization
 from keras_proxynorm.diagnostics import collapse_report
-from keras_proxynorm.diagnostics.plots import new_axes
-from keras_proxynorm.diagnostics.plots import plot_powers
 
 NORMALIZATIONS = {
     "BN": None,
@@ -100,16 +99,16 @@ def write_csv(file, results):
 
 
 def plot(file, name, results):
-    axes = new_axes(2, 3, panel=(3.2, 2.2), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 3, figsize=(9.6, 4.4), dpi=120, layout="constrained", sharex=True, sharey=True)
     for ax, (norm, result) in zip(axes.flat, results.items(), strict=False):
-        plot_powers(result, ax, f"{name}, {norm}", legend=False)
+        result.plot(ax, f"{name}, {norm}", legend=False)
         ax.label_outer()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[-1, -1].set_axis_off()
     axes[-1, -1].legend(handles[::-1], labels[::-1], loc="center", frameon=False)
     axes[0, -1].xaxis.set_tick_params(labelbottom=True)
     axes[0, -1].set_xlabel("normalization layer")
-    axes[-1, -1].figure.savefig(file)
+    figure.savefig(file)
 
 
 def parse_arguments():

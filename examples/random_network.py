@@ -32,6 +32,7 @@ if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
     sys.exit('This example needs scikit-learn and matplotlib: pip install "keras_proxynorm[examples,plots]"')
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from keras import ops
@@ -40,8 +41,6 @@ from sklearn.datasets import load_digits
 from keras_proxynorm import GroupNormProxy
 from keras_proxynorm import LayerNormProxy
 from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.diagnostics.plots import new_axes
-from keras_proxynorm.diagnostics.plots import plot_powers
 
 # Those of the paper.
 GAMMA_STDDEV = BETA_STDDEV = 0.2
@@ -140,9 +139,9 @@ def write_csv(file, results):
 
 
 def plot(file, results, depth):
-    axes = new_axes(2, 4, panel=(2.6, 2.1), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 4, figsize=(10.4, 4.2), dpi=120, layout="constrained", sharex=True, sharey=True)
     for ax, (norm, result) in zip(axes.flat, results.items(), strict=False):
-        plot_powers(result, ax, norm, legend=False)
+        result.plot(ax, norm, legend=False)
         if norm == "LN":
             (bound,) = ax.plot(
                 np.arange(1, depth + 1), lower_bound(depth), color="white", linewidth=1.2, linestyle="--"
@@ -159,7 +158,7 @@ def plot(file, results, depth):
     for ax in axes[0, 3:]:
         ax.xaxis.set_tick_params(labelbottom=True)
         ax.set_xlabel("normalization layer")
-    last.figure.savefig(file)
+    figure.savefig(file)
 
 
 def parse_arguments():

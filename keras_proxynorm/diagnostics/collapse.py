@@ -108,9 +108,9 @@ class CollapseReport(LayerTable):
                 lines += textwrap.wrap(f"Try {advice}", 100, initial_indent="  ", subsequent_indent="  ")
         return "\n".join(lines)
 
-    def plot(self, ax=None, title: str | None = None):
+    def plot(self, ax=None, title: str | None = None, legend: bool = True):
         """The plot of the power decomposition, see `PowerDecomposition.plot`."""
-        return self.power.plot(ax, title)
+        return self.power.plot(ax, title, legend)
 
 
 _MEANING = {

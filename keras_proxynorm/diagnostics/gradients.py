@@ -5,7 +5,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-__all__ = ["batch_loss", "norm", "value_and_gradients"]
+__all__ = ["batch_loss", "compiled_value_and_gradients", "norm", "value_and_gradients"]
 
 
 def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
@@ -49,7 +49,7 @@ class _LossOfFunction(keras.losses.Loss):
     """The mean of what a function of targets and outputs returns, as `compile` takes it."""
 
     def __init__(self, function):
-        super().__init__()
+        super().__init__(name=getattr(function, "__name__", "loss").strip("<>_"))
         self.function = function
 
     def call(self, y_true, y_pred):
@@ -83,6 +83,28 @@ def value_and_gradients(function: Callable, values: list) -> tuple:
         gradients = torch.autograd.grad(result, values, allow_unused=True)
         return result.detach(), list(gradients)
     raise RuntimeError(f"Gradients need the TensorFlow, JAX or PyTorch backend of Keras. Received: {backend!r}")
+
+
+def compiled_value_and_gradients(function: Callable) -> Callable:
+    """`value_and_gradients` of a function of a list of tensors and a batch, compiled for calls with many such lists.
+
+    Returns:
+        A function of the list and the batch.
+    """
+
+    def both(values, batch):
+        return value_and_gradients(lambda values: function(values, batch), values)
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(both, autograph=False)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(both)
+    return both
 
 
 def norm(tensors: list) -> float:

@@ -11,8 +11,8 @@ from keras_proxynorm.diagnostics.batches import Batch
 from keras_proxynorm.diagnostics.batches import batches
 from keras_proxynorm.diagnostics.batches import check_model
 from keras_proxynorm.diagnostics.gradients import batch_loss
+from keras_proxynorm.diagnostics.gradients import compiled_value_and_gradients
 from keras_proxynorm.diagnostics.gradients import norm
-from keras_proxynorm.diagnostics.gradients import value_and_gradients
 from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.plots import plot_landscape
 
@@ -142,8 +142,8 @@ def loss_landscape(
         training: Whether the model is called as in training. Defaults to True, as in the papers.
 
     Returns:
-        A `LossLandscape`. It costs as much as the forward and backward passes of ``len(step_sizes) + 1`` training steps
-        without compilation, and 6 forward passes, which narrow down where the loss begins to diverge.
+        A `LossLandscape`. It costs a compilation, and the forward and backward passes of ``len(step_sizes) + 1``
+        training steps and of up to 6 more, which narrow down where the loss begins to diverge.
 
     Raises:
         ValueError: If the model is not built, has no trainable weights or no loss, or if an argument is not of the form
@@ -183,14 +183,16 @@ def loss_landscape(
             f"Received: batch of the type {type(batch).__name__}"
         )
     # All of it at once, whatever its size.
-    ((inputs, targets, weights),) = batches(iter([batch]))
+    (whole,) = batches(iter([batch]))
 
-    def loss_at(values):
+    def loss_at(values, batch):
         with left_unchanged(variables, values):
-            return compute_loss(inputs, targets, weights)
+            return compute_loss(*batch)
 
+    evaluate = compiled_value_and_gradients(loss_at)
+    tensors = keras.tree.map_structure(lambda x: None if x is None else keras.ops.convert_to_tensor(x), whole)
     start = [keras.ops.convert_to_tensor(variable) for variable in variables]
-    before, gradient = value_and_gradients(loss_at, start)
+    before, gradient = evaluate(start, tensors)
     before, length = _number(before), norm(gradient)
 
     def after(size):
@@ -198,7 +200,7 @@ def loss_landscape(
 
     losses, changes = [], []
     for size in sizes:
-        value, there = value_and_gradients(loss_at, after(size))
+        value, there = evaluate(after(size), tensors)
         pairs = zip(there, gradient, strict=True)
         losses.append(_number(value))
         changes.append(norm([_difference(a, b) for a, b in pairs]))
@@ -210,7 +212,7 @@ def loss_landscape(
         return bool(np.isfinite(value) and value <= limit)
 
     stable = [is_stable(value) for value in losses]
-    largest = _last_stable(sizes, stable, lambda size: is_stable(_number(loss_at(after(size)))))
+    largest = _last_stable(sizes, stable, lambda size: is_stable(_number(evaluate(after(size), tensors)[0])))
     return LossLandscape(before, length, sizes, np.array(losses), np.array(changes), largest)
 
 

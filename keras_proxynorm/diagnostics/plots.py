@@ -34,7 +34,7 @@ def new_axes(rows: int = 1, columns: int = 1, panel: tuple[float, float] = _PANE
     return axes
 
 
-def plot_powers(result, ax=None, title=None, legend: bool = True):
+def plot_powers(result, ax=None, title=None, legend=True):
     """A stacked bar for each layer, of the four fractions of its power."""
     ax = ax or new_axes()[0, 0]
     depth = np.arange(1, len(result) + 1)

@@ -57,12 +57,13 @@ class PowerDecomposition(LayerTable):
     def columns(self):
         return {**{f"P{i + 1}": self.fractions[:, i] for i in range(4)}, "power": self.powers.sum(axis=1)}
 
-    def plot(self, ax=None, title: str | None = None):
+    def plot(self, ax=None, title: str | None = None, legend: bool = True):
         """The fractions, stacked, against depth, as in Figure 2 of the paper.
 
         Args:
             ax: `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
             title: Optional title.
+            legend: Whether to explain the colours. Defaults to True.
 
         Returns:
             The `matplotlib.axes.Axes`.
@@ -70,7 +71,7 @@ class PowerDecomposition(LayerTable):
         Raises:
             ImportError: If matplotlib is not installed: ``pip install "keras_proxynorm[plots]"``.
         """
-        return plot_powers(self, ax, title)
+        return plot_powers(self, ax, title, legend)
 
 
 def power_decomposition(
