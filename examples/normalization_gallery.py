@@ -52,9 +52,8 @@ def load_images(folder, size, count, seed):
             folder, labels=None, image_size=(size, size), crop_to_aspect_ratio=True, batch_size=None, seed=seed
         )
         return np.stack(list(dataset.take(count).as_numpy_iterator())).astype("float32")
-    crops = []
+    photographs, crops = load_sample_images().images, []
     for i in range(count):
-        photographs = load_sample_images().images
         photograph = photographs[i % len(photographs)]
         top, left = (rng.integers(0, length - size + 1) for length in photograph.shape[:2])
         crops.append(photograph[top : top + size, left : left + size])
@@ -125,6 +124,8 @@ def parse_arguments():
     for name, lowest in (("size", 32), ("count", 2), ("stddev", 0)):
         if getattr(arguments, name) < lowest:
             parser.error(f"--{name} must be at least {lowest}, not {getattr(arguments, name)}")
+    if arguments.images is None and arguments.size > 427:
+        parser.error(f"--size must be at most 427, the height of the photographs, not {arguments.size}")
     for name, test in (("images", Path.is_dir), ("model", Path.is_file)):
         path = getattr(arguments, name)
         if path is not None and not test(path):
@@ -134,11 +135,22 @@ def parse_arguments():
     return arguments
 
 
+def output_files(arguments, name):
+    files = [arguments.output / f"{name}.{kind}" for kind in ("csv", "png")]
+    for file in files:
+        if file.exists() and not arguments.overwrite:
+            sys.exit(f"{file} exists; give --overwrite to replace it")
+    return files
+
+
 def make_networks(arguments):
     if arguments.model is not None:
         model = keras.models.load_model(arguments.model)
         yield model.name, model
         return
+    for name in NETWORKS:
+        # Before any is measured.
+        output_files(arguments, name)
     for name, build in NETWORKS.items():
         keras.utils.set_random_seed(arguments.seed)
         shape = (arguments.size, arguments.size, 3)
@@ -152,10 +164,7 @@ def main():
     images = load_images(arguments.images, arguments.size, arguments.count, arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, model in make_networks(arguments):
-        files = [arguments.output / f"{name}.{kind}" for kind in ("csv", "png")]
-        for file in files:
-            if file.exists() and not arguments.overwrite:
-                sys.exit(f"{file} exists; give --overwrite to replace it")
+        files = output_files(arguments, name)
         # EfficientNets scale their inputs themselves, the others want them around 0.
         scaled = images if name.startswith("EfficientNet") or arguments.model is not None else images / 127.5 - 1
         results = measure(name, model, scaled)

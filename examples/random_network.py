@@ -11,9 +11,10 @@ given real images. The power of the normalized pre-activations is split into fou
 - P1, the means of the channels. Near 1, channels are nearly constant: channel-wise collapse.
 - P2, how much these differ between images. P3, what varies within an image. P4, how much that differs between images.
 
-With layer and group normalization P1 goes to 1, at least as fast as the paper's theorem says; with proxy normalization
-behind them it goes to 0, as with batch normalization. Instance normalization makes all images look alike: P2 and P4 are
-0. The default images are the handwritten digits that come with scikit-learn. It takes a minute on two cores.
+With layer normalization P1 goes to 1, at least as fast as it must in an infinitely wide network, and with group
+normalization nearly; with proxy normalization behind them it goes to 0, as with batch normalization. With instance
+normalization the channels have the same mean and deviation in all images: P2 and P4 are 0. The default images are the
+handwritten digits that come with scikit-learn. It takes a minute on two cores.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def build_network(norm, shape, depth, width, seed):
 
 
 def lower_bound(depth):
-    """The P1 that layer norm has at least in a wide network (paper, theorem 1), at each layer."""
+    """The P1 that layer norm has at least, at each layer, if the network is infinitely wide."""
     rho = (1 + GAMMA_STDDEV**2) / (1 + GAMMA_STDDEV**2 + BETA_STDDEV**2)
     return 1 - rho ** np.arange(depth)
 

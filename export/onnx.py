@@ -51,7 +51,8 @@ def export_onnx(
     standard deviation, and by all of it where the mean is 1e4 times as large. `verify` looks for that.
 
     The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``. Export
-    takes memory of about four times the size of the weights, the model and its folded copy among them.
+    takes memory of about four times the size of the weights, the model and its folded copy among them; forty times
+    that of weights that layers do not read as they are, such as those of recurrent layers and of LoRA.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.

@@ -21,6 +21,8 @@ __all__ = ["check_opset", "convert"]
 # Read by every ONNX Runtime since 1.12; the converter's own default is older.
 _DEFAULT_OPSET = 17
 _LOWEST_OPSET = 13
+# Bytes of constants that the converter can be given in one message.
+_LARGEST_MESSAGE = 1.5e9
 # Operations of TensorFlow that the converter takes a weight for that is not a constant, without a loss.
 _READERS = {
     *str.split(
@@ -79,6 +81,13 @@ def convert(serve: Callable, signature: list, opset: int, weights: Sequence = ()
     with errors_of("tf2onnx") as errors:
         function, inputs, names, spared = _trace(serve, signature, [weight for weight in weights if _is_spared(weight)])
         concrete = function.get_concrete_function()
+        size = sum(variable.dtype.size * int(np.prod(variable.shape)) for variable in concrete.variables)
+        if size > _LARGEST_MESSAGE:
+            raise ValueError(
+                "Argument `model` must have less than 1.5 GB of weights that its layers do not read as they are, such "
+                "as those of recurrent layers, because the converter takes no more; use export_saved_model, which "
+                f"does. Received: {size / 1e9:.1f} GB"
+            )
         shared = {spec.name for spec in signature} & set(names)
         if shared:
             raise ValueError(
@@ -106,16 +115,17 @@ def convert(serve: Callable, signature: list, opset: int, weights: Sequence = ()
     proto.graph.output.sort(key=lambda output: names.index(output.name))
     arrays: dict[str, np.ndarray] = {}
     _inputs_to_constants(proto, {**spared, **_captured(concrete)}, arrays)
+    _take_out_large(proto, arrays)
     _compute_weights(proto, arrays)
     remove_transposes(proto, arrays)
-    _merge_biases(proto, arrays)
+    _merge_affines(proto, arrays)
     _keep_zeros_in_front_of_poolings(proto)
     _remove_unused_weights(proto, arrays)
     return proto, arrays
 
 
 def _is_spared(weight):
-    return "float" in weight.dtype and is_large(weight.shape, keras.backend.standardize_dtype(weight.dtype))
+    return is_large(weight.shape, keras.backend.standardize_dtype(weight.dtype))
 
 
 def _trace(serve, signature, weights):
@@ -142,6 +152,7 @@ def _trace(serve, signature, weights):
     readers = [_readers(tensor) for tensor in tensors[: len(specs)]]
     spared = [weight for weight, types in zip(weights, readers, strict=True) if types <= _READERS]
     if len(spared) < len(weights):
+        # Whether a weight can be an input is known only when all that reads it is traced.
         return _trace(serve, signature, spared)
     values = {spec.name: keras.ops.convert_to_numpy(weight) for spec, weight in zip(specs, weights, strict=True)}
     return function, [*signature, *specs], names, values
@@ -190,6 +201,17 @@ def _inputs_to_constants(proto, values, arrays):
     proto.graph.initializer.extend(constants)
 
 
+def _take_out_large(proto, arrays):
+    """Makes arrays of the large constants that went through the converter."""
+    import onnx
+
+    for tensor in proto.graph.initializer:
+        if tensor.HasField("raw_data") and is_large(
+            tensor.dims, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        ):
+            tensor.CopyFrom(initializer(tensor.name, onnx.numpy_helper.to_array(tensor), arrays))
+
+
 def _compute_weights(proto, arrays):
     """Computes what only gives large weights another shape or dtype."""
     import onnx.reference
@@ -206,29 +228,49 @@ def _compute_weights(proto, arrays):
         proto.graph.node.remove(node)
 
 
-def _merge_biases(proto, arrays):
-    """Makes what is added to the channels behind a convolution its bias, as the converter does for most."""
+def _merge_affines(proto, arrays):
+    """Makes what is multiplied with and added to the channels behind a convolution part of its kernel and bias.
 
+    The converter does it for most, but not with the weights that it is spared.
+    """
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     readers = collections.Counter(name for node in proto.graph.node for name in node.input)
     readers.update(output.name for output in proto.graph.output)
     convolutions = {}
+
+    def add_constant(name, value):
+        constants[name] = initializer(name, value, arrays)
+        proto.graph.initializer.append(constants[name])
+        return name
+
     for node in list(proto.graph.node):
-        if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in constants:
+        if node.op_type == "Conv" and {*node.input[1:]} <= constants.keys():
             convolutions[node.output[0]] = node
-        if node.op_type != "Add":
+        if node.op_type not in ("Add", "Mul"):
             continue
-        for name, summand in (node.input, node.input[::-1]):
-            if name in convolutions and summand in constants and readers[name] == 1:
-                convolution, value = convolutions[name], value_of(constants[summand], arrays)
-                filters, _, *kernel = constants[convolution.input[1]].dims
-                if value.shape in ((filters, *(1 for _ in kernel)), (1, filters, *(1 for _ in kernel))):
-                    bias = initializer(f"{node.output[0]}__bias", value.reshape(-1), arrays)
-                    proto.graph.initializer.append(bias)
-                    convolution.input.append(bias.name)
-                    convolution.output[0] = node.output[0]
-                    proto.graph.node.remove(node)
-                    break
+        for name, other in (node.input, node.input[::-1]):
+            convolution = convolutions.get(name)
+            if convolution is None or other not in constants or readers[name] > 1:
+                continue
+            kernel = value_of(constants[convolution.input[1]], arrays)
+            shape = (len(kernel), *(1 for _ in kernel.shape[2:]))
+            value = value_of(constants[other], arrays)
+            if value.shape not in (shape, (1, *shape)):
+                continue
+            value = value.reshape(-1)
+            bias = value_of(constants[convolution.input[2]], arrays) if len(convolution.input) > 2 else None
+            if node.op_type == "Mul":
+                scaled = kernel * value.reshape(-1, *(1 for _ in kernel.shape[1:]))
+                convolution.input[1] = add_constant(f"{node.output[0]}__kernel", scaled)
+                bias = None if bias is None else bias * value
+            else:
+                bias = value if bias is None else bias + value
+            if bias is not None:
+                convolution.input[2:] = [add_constant(f"{node.output[0]}__bias", bias)]
+            convolution.output[0] = node.output[0]
+            convolutions[node.output[0]] = convolution
+            proto.graph.node.remove(node)
+            break
 
 
 def _remove_unused_weights(proto, arrays):

@@ -31,8 +31,8 @@ def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int =
 
     Args:
         data: Inputs, or a tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, of arrays or tensors or
-            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator
-            or any other iterable of such batches but a list, which is one structure.
+            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator,
+            a list of tuples or any other iterable of such batches.
         batch_size: Positive integer, the size of the batches that arrays are cut into.
         steps: Positive integer, the largest number of batches, or None for all.
         verbose: 1 for a progress bar, 0 for none.
@@ -62,6 +62,8 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
         count = data.num_batches
         indices: Iterable[int] = itertools.count() if count is None else range(int(count))
         return (data[index] for index in indices), count
+    if isinstance(data, list) and data and all(isinstance(batch, tuple) for batch in data):
+        return data, len(data)
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
         sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}

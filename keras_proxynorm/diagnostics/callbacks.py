@@ -3,6 +3,7 @@
 import abc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -18,11 +19,18 @@ __all__ = ["LogLossLandscape", "LogPowerDecomposition", "LogSignalPropagation"]
 class _Log(keras.callbacks.Callback, abc.ABC):
     """Measures at the end of epochs, and hands on what it finds."""
 
-    # What the names of the numbers begin with.
+    # What the names of the numbers begin with, unless it is given.
     prefix: str
 
-    def __init__(self, every: int = 1, log_dir: str | os.PathLike | None = None):
+    def __init__(self, data, every: int, log_dir: str | os.PathLike | None, name: str | None):
         super().__init__()
+        if isinstance(data, Iterator):
+            raise ValueError(
+                "Argument `data` must be something that can be gone through again and again, such as arrays or a "
+                f"dataset. Received: data of the type {type(data).__name__}"
+            )
+        self.data = data
+        self.name = self.prefix if name is None else name
         self.every = as_positive_integer("every", every)
         if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
             raise ImportError('Logging to TensorBoard needs: pip install "keras_proxynorm[tensorboard]"')
@@ -44,7 +52,7 @@ class _Log(keras.callbacks.Callback, abc.ABC):
         # Not into `logs`, which the progress bar would print.
         history = getattr(getattr(self.model, "history", None), "history", {})
         for name, value in numbers.items():
-            history.setdefault(f"{self.prefix}/{name}", []).append(value)
+            history.setdefault(f"{self.name}/{name}", []).append(value)
         if self.log_dir is not None:
             self._write(epoch, numbers)
 
@@ -60,7 +68,7 @@ class _Log(keras.callbacks.Callback, abc.ABC):
             self._writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "diagnostics"))
         with self._writer.as_default():
             for name, value in numbers.items():
-                tf.summary.scalar(f"{self.prefix}/{name}", value, step=epoch)
+                tf.summary.scalar(f"{self.name}/{name}", value, step=epoch)
         self._writer.flush()
 
 
@@ -79,6 +87,8 @@ class LogPowerDecomposition(_Log):
         every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
         log_dir: Optional directory of TensorBoard, such as that of `keras.callbacks.TensorBoard`; the subdirectory
             "diagnostics" is written.
+        name: What the names of the numbers begin with, to tell two of these callbacks apart. Defaults to
+            ``"power_decomposition"``.
         training: As in `power_decomposition`. Defaults to False.
         batch_size: As in `power_decomposition`. Defaults to 32.
         steps: As in `power_decomposition`.
@@ -103,9 +113,10 @@ class LogPowerDecomposition(_Log):
 
     prefix = "power_decomposition"
 
-    def __init__(self, data, layers=None, *, every=1, log_dir=None, training=False, batch_size=32, steps=None):
-        super().__init__(every, log_dir)
-        self.data = data
+    def __init__(
+        self, data, layers=None, *, every=1, log_dir=None, name=None, training=False, batch_size=32, steps=None
+    ):
+        super().__init__(data, every, log_dir, name)
         self.options = {"layers": layers, "training": training, "batch_size": batch_size, "steps": steps}
 
     def measure(self):
@@ -127,8 +138,10 @@ class LogSignalPropagation(_Log):
         data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
             in `signal_propagation`.
         layers: As in `signal_propagation`.
+        loss: As in `signal_propagation`. Defaults to the one that the model is compiled with.
         every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
         log_dir: As in `LogPowerDecomposition`.
+        name: As in `LogPowerDecomposition`. Defaults to ``"signal_propagation"``.
         training: As in `signal_propagation`. Defaults to True.
         batch_size: As in `signal_propagation`. Defaults to 32.
         steps: As in `signal_propagation`.
@@ -153,10 +166,21 @@ class LogSignalPropagation(_Log):
 
     prefix = "signal_propagation"
 
-    def __init__(self, data, layers=None, *, every=1, log_dir=None, training=True, batch_size=32, steps=None):
-        super().__init__(every, log_dir)
-        self.data = data
-        self.options = {"layers": layers, "training": training, "batch_size": batch_size, "steps": steps}
+    def __init__(
+        self,
+        data,
+        layers=None,
+        *,
+        loss=None,
+        every=1,
+        log_dir=None,
+        name=None,
+        training=True,
+        batch_size=32,
+        steps=None,
+    ):
+        super().__init__(data, every, log_dir, name)
+        self.options = {"layers": layers, "loss": loss, "training": training, "batch_size": batch_size, "steps": steps}
 
     def measure(self):
         result = signal_propagation(self.model, self.data, verbose=0, **self.options)
@@ -183,8 +207,10 @@ class LogLossLandscape(_Log):
 
     Args:
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
+        loss: As in `loss_landscape`. Defaults to the one that the model is compiled with.
         every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
         log_dir: As in `LogPowerDecomposition`.
+        name: As in `LogPowerDecomposition`. Defaults to ``"loss_landscape"``.
         step_sizes: As in `loss_landscape`.
         divergence: As in `loss_landscape`. Defaults to 1.
         training: As in `loss_landscape`. Defaults to True.
@@ -209,11 +235,12 @@ class LogLossLandscape(_Log):
 
     prefix = "loss_landscape"
 
-    def __init__(self, batch, *, every=1, log_dir=None, step_sizes=None, divergence=1.0, training=True):
-        super().__init__(every, log_dir)
-        self.batch = batch
-        self.options = {"step_sizes": step_sizes, "divergence": divergence, "training": training}
+    def __init__(
+        self, batch, *, loss=None, every=1, log_dir=None, name=None, step_sizes=None, divergence=1.0, training=True
+    ):
+        super().__init__(batch, every, log_dir, name)
+        self.options = {"loss": loss, "step_sizes": step_sizes, "divergence": divergence, "training": training}
 
     def measure(self):
-        result = loss_landscape(self.model, self.batch, **self.options)
+        result = loss_landscape(self.model, self.data, **self.options)
         return result, result.to_dict()

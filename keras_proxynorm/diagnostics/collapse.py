@@ -11,7 +11,9 @@ from keras import ops
 from keras_proxynorm.diagnostics.observation import LayerChoice
 from keras_proxynorm.diagnostics.power import PowerDecomposition
 from keras_proxynorm.diagnostics.power import channel_powers
+from keras_proxynorm.diagnostics.power import decomposition
 from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.layers import ProxyActivation
 from keras_proxynorm.layers.base import ProxyNormalizationLayer
 
 __all__ = ["CollapseReport", "Finding", "collapse_report"]
@@ -73,8 +75,7 @@ class CollapseReport(LayerTable):
     >>> model.add(keras_proxynorm.LayerNormProxy())
     >>> images = np.random.normal(size=(64, 8, 8, 3)) * np.random.uniform(0.5, 2, size=(64, 1, 1, 3))
     >>> print(collapse_report(model, images, verbose=0))
-    Looked at 1 normalization layer and found nothing wrong: no channel-wise collapse, samples differ, and the data are
-    where the layers expect them.
+    Looked at 1 normalization layer and found nothing wrong.
     """
 
     names: tuple[str, ...]
@@ -85,16 +86,20 @@ class CollapseReport(LayerTable):
     number_format: ClassVar[str] = "{:.4f}"
 
     def columns(self):
-        return {**self.power.columns(), "mean off": self.mean_distance, "std off": self.stddev_ratio}
+        return {**self.power.columns(), "mean_distance": self.mean_distance, "stddev_ratio": self.stddev_ratio}
+
+    def to_dict(self):
+        """A list for each column, ``"layer"`` and those of `columns`, and ``"problems"``, of each layer."""
+        problems: dict[str, list] = {name: [] for name in self.names}
+        for finding in self.findings:
+            problems[finding.layer].append(finding.problem)
+        return {**super().to_dict(), "problems": list(problems.values())}
 
     def __str__(self):
         count = len(self.names)
         looked = f"Looked at {count} normalization layer{'s' * (count > 1)}"
         if not self.findings:
-            return (
-                f"{looked} and found nothing wrong: no channel-wise collapse, samples differ, and the data are\n"
-                "where the layers expect them."
-            )
+            return f"{looked} and found nothing wrong."
         ill = len({finding.layer for finding in self.findings})
         lines = [f"{looked} and found something wrong with {ill}."]
         for problem in dict.fromkeys(finding.problem for finding in self.findings):
@@ -142,10 +147,12 @@ def collapse_report(
     standard deviation of each channel of the normalized pre-activation:
 
     - channel-wise collapse: P1, the share of the channels' means, is at least 0.5;
-    - no instance variability: P2 + P4, what differs between samples, is less than 0.002 of P2 + P3 + P4;
+    - no instance variability: P2 + P4, what differs between samples, is less than 0.002 of P2 + P3 + P4, as it is with
+      instance normalization, and for data that are noise;
     - proxy far from data: the channels' means are off by more than 0.5 standard deviations of the proxy, or their
       standard deviations by a factor of more than 2, as a median;
-    - moving statistics far from data: the same for batch normalization with ``training=False``;
+    - moving statistics far from data: the same for batch normalization with ``training=False``, as in any network that
+      is not trained yet; of these layers nothing else is said then;
     - vanished input: the mean square of what is normalized is below 0.01, because epsilon outweighs the variance; not
       for batch normalization;
     - values not finite.
@@ -183,7 +190,7 @@ def collapse_report(
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
-    power = PowerDecomposition(tuple(measured), np.stack([powers.terms for _, powers in measured.values()]))
+    power = decomposition(measured)
     offs = np.array([_off(layer, powers, training) for layer, powers in measured.values()])
     findings = []
     for (name, (layer, powers)), terms, off in zip(measured.items(), power.powers, offs, strict=True):
@@ -217,36 +224,51 @@ def _findings(name, layer, powers, terms, mean_distance, stddev_ratio):
         advice = "a smaller learning rate, or a look at the data and at the layers in front of it."
         yield Finding(name, "values not finite", f"its mean square is {total}", advice)
         return
-    if total < _VANISHED and not isinstance(layer, keras.layers.BatchNormalization):
+    has_proxy = isinstance(layer, ProxyNormalizationLayer) and layer.proxy is not None
+    is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
+    p1, p2, p3, p4 = terms / (total or 1)
+    differs = (p2 + p4) / (p2 + p3 + p4) if p3 > 0 else 1.0
+    far = mean_distance > _FAR_MEAN or stddev_ratio > _FAR_STDDEV
+    evidence = f"means off by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
+    if is_batch_norm and far:
+        # Its input is not normalized then, so nothing follows from the rest.
+        advice = (
+            "more training steps or a smaller momentum, or training=True here to look at it with the statistics of the "
+            "batch."
+        )
+        yield Finding(name, "moving statistics far from data", evidence, advice)
+        return
+    if total < _VANISHED and not is_batch_norm and not isinstance(layer, ProxyActivation):
         advice = "a smaller epsilon, or larger weights in front of it."
         yield Finding(name, "vanished input", f"the mean square of what it normalizes is {total:.2g}, not 1", advice)
         return
-    p1, p2, p3, p4 = terms / (total or 1)
     if p1 >= _COLLAPSED:
-        if isinstance(layer, ProxyNormalizationLayer):
-            advice = "see whether its proxy, or that of the layer in front of it, is far from the data."
-        else:
-            advice = (
-                "proxy normalization behind the layers in front of it: keras_proxynorm.replace_normalization(model, "
-                'layers=keras.layers.GroupNormalization), or to="layer_norm_proxy".'
-            )
-        yield Finding(name, "channel-wise collapse", f"{p1:.0%} of its power is in the means of the channels", advice)
+        evidence_p1 = f"{p1:.0%} of its power is in the means of the channels"
+        yield Finding(name, "channel-wise collapse", evidence_p1, _collapse_advice(layer))
     # Without positions there is nothing but samples to differ.
-    differs = (p2 + p4) / (p2 + p3 + p4) if p3 > 0 else 1.0
     if differs < _SAMPLES_ALIKE and powers.samples > 1:
         if getattr(layer, "groups", None) in (-1, len(powers.mean)):
             advice = "fewer groups: with one channel in each, all that can differ is normalized away."
         else:
-            advice = "fewer groups, or data that differ more."
+            advice = "data that differ more, if these are noise, or fewer groups."
         yield Finding(name, "no instance variability", f"{differs:.2%} of what varies does between samples", advice)
-    if mean_distance > _FAR_MEAN or stddev_ratio > _FAR_STDDEV:
-        evidence = f"means off by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
-        if isinstance(layer, ProxyNormalizationLayer):
-            if layer.proxy.trainable and layer.trainable:
-                advice = "train further, or with less weight decay on the proxies."
-            else:
-                advice = "learn_proxy=True, so that the proxy follows the data."
-            yield Finding(name, "proxy far from data", evidence, advice)
+    if has_proxy and far:
+        if not layer.trainable:
+            advice = "to thaw the layer, layer.trainable = True, so that the proxy follows the data."
+        elif not layer.learn_proxy:
+            advice = "learn_proxy=True, so that the proxy follows the data."
         else:
-            advice = "more training steps, a smaller momentum, or a normalization that has no moving averages."
-            yield Finding(name, "moving statistics far from data", evidence, advice)
+            advice = "to train further, or with less weight decay on the proxies."
+        yield Finding(name, "proxy far from data", evidence, advice)
+
+
+def _collapse_advice(layer):
+    if isinstance(layer, keras.layers.GroupNormalization):
+        to = "layer_norm_proxy" if layer.groups == 1 else "group_norm_proxy"
+        return (
+            "proxy normalization, which acts behind the activations in front of it: "
+            f'replace_normalization(model, to="{to}", layers=keras.layers.GroupNormalization).'
+        )
+    if isinstance(layer, ProxyNormalizationLayer):
+        return "to see whether the proxies of the layers in front of it are far from the data."
+    return "to take away what its input has in common over positions and samples, such as offsets."

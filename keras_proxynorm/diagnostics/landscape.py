@@ -137,8 +137,8 @@ def loss_landscape(
         step_sizes: Positive numbers in increasing order. Defaults to 16 from 1e-4 to 10, equally far apart on a
             logarithmic scale; this is a choice of this package, as the papers have other ones for other networks.
             Santurkar et al. take 1/2 to 4 times the learning rate.
-        divergence: Positive number: the loss diverges where it is not finite, or larger than so many times the loss
-            before the step. Defaults to 1.
+        divergence: Number from 1 on: the loss diverges where it is not finite, or larger than so many times the loss
+            before the step (for a negative loss: larger by so many times its absolute value, less one). Defaults to 1.
         training: Whether the model is called as in training. Defaults to True, as in the papers.
 
     Returns:
@@ -174,8 +174,8 @@ def loss_landscape(
             f"Argument `model` must have trainable weights. Received: the model '{model.name}' without any"
         )
     sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else _as_step_sizes(step_sizes)
-    if isinstance(divergence, bool) or not isinstance(divergence, numbers.Real) or not divergence > 0:
-        raise ValueError(f"Argument `divergence` must be a positive number. Received: divergence={divergence!r}")
+    if isinstance(divergence, bool) or not isinstance(divergence, numbers.Real) or not divergence >= 1:
+        raise ValueError(f"Argument `divergence` must be a number from 1 on. Received: divergence={divergence!r}")
     compute_loss = batch_loss(model, loss, training)
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         raise ValueError(

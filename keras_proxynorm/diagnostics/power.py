@@ -23,7 +23,7 @@ from keras_proxynorm.diagnostics.plots import plot_powers
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.tables import LayerTable
 
-__all__ = ["PowerDecomposition", "channel_powers", "power_decomposition"]
+__all__ = ["PowerDecomposition", "channel_powers", "decomposition", "power_decomposition"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def power_decomposition(
     Args:
         model: A built Keras model of any kind.
         data: Inputs, as for `fit`: an array, a structure of arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or
-            an iterable of batches; targets are ignored. It is gone through once.
+            an iterable of batches, such as a list of tuples; targets are ignored. It is gone through once.
         layers: The layers: names, paths, classes, instances, a list of these, or a function of a layer. Of those that
             are no normalizations, the output is taken. Defaults to all batch, group, layer and RMS normalizations of
             Keras and the layers of this package, inside of other layers too. A layer that is called several times for
@@ -134,7 +134,11 @@ def power_decomposition(
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), section 4
     """
-    measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
+    return decomposition(channel_powers(model, data, layers, training, batch_size, steps, verbose))
+
+
+def decomposition(measured: dict[str, tuple[keras.layers.Layer, ChannelPowers]]) -> PowerDecomposition:
+    """What `channel_powers` measured, as a result."""
     return PowerDecomposition(tuple(measured), np.stack([powers.terms for _, powers in measured.values()]))
 
 

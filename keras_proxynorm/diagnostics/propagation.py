@@ -38,8 +38,8 @@ class SignalPropagation(LayerTable):
         mean: Array with the mean of the output of each layer, over samples, positions and channels.
         std: Array with the square root of the variance over samples and positions, averaged over the channels.
         cosine: Array with the average cosine between the outputs for two different samples of a batch.
-        stable_rank: Array with ``N / lambda_max`` of the N x N matrix of all cosines in a batch: from 1, all samples
-            alike, to the batch size, all orthogonal.
+        stable_rank: Array with ``N / lambda_max`` of the N x N matrix of all cosines in a batch: from 1, all samples in
+            one direction, to the batch size, all orthogonal.
         gradient_norm: Array with the Euclidean norm of the gradient of the batch's loss by the output, NaN without a
             loss.
 
@@ -93,9 +93,9 @@ def signal_propagation(
 ) -> SignalPropagation:
     """Measures what the papers on normalization plot against depth: activations, similarity of samples, gradients.
 
-    Each quantity is taken of the output of a layer, for each batch, and averaged over the batches. Gradients need
-    targets and a loss. The model is run as it is, once for the activations and once more for the gradients, and is not
-    changed.
+    Each quantity is taken of the output of a layer: mean and standard deviation over all data, the others for each
+    batch, and averaged over the batches by their numbers of samples. Gradients need targets and a loss. The model is
+    run as it is, once for the activations and once more for the gradients, and is not changed.
 
     Args:
         model: A built Keras model of any kind.
@@ -146,7 +146,7 @@ def signal_propagation(
         if compute_loss is not None and targets is not None:
             gradients = _gradient_norms(model, compute_loss, (inputs, targets, weights), chosen, calls, outputs)
             for key, length in gradients.items():
-                signals[key].gradient_norms.update(np.array([length]))
+                signals[key].gradient_norms.update(np.full(len(keras.tree.flatten(inputs)[0]), length))
         elif loss is not None:
             raise ValueError("Argument `data` must have targets for `loss`: a tuple (inputs, targets). Received: none")
     check_all_seen(chosen, {name for name, _ in signals})
@@ -164,9 +164,10 @@ class _Signal:
     def update(self, outputs, statistics):
         self.channels.update(statistics)
         cosine, rank = similarity(ops.convert_to_numpy(ops.cast(outputs, "float32")))
+        # By samples, because the last batch may be short.
         if len(outputs) > 1:
-            self.cosines.update(np.array([cosine]))
-        self.ranks.update(np.array([rank]))
+            self.cosines.update(np.full(len(outputs), cosine))
+        self.ranks.update(np.full(len(outputs), rank))
 
     def row(self):
         averages = (x.mean if x.count else np.nan for x in (self.cosines, self.ranks, self.gradient_norms))

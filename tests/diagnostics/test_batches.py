@@ -195,3 +195,9 @@ def test_batches_of_tensorflow_become_arrays():
     tf = pytest.importorskip("tensorflow")
     for x, y, _ in batches((tf.constant(X), tf.constant(Y)), batch_size=4):
         assert isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+
+
+def test_list_of_tuples_is_a_dataset():
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    received = list(batches([(x[:4], y[:4]), (x[4:], y[4:])], batch_size=1))
+    assert [len(inputs) for inputs, _, _ in received] == [4, 2]

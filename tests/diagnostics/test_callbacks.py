@@ -264,3 +264,18 @@ def test_a_slash_in_names():
     x = normal(6, 4, 3)
     history = model.fit(x, x, verbose=0, callbacks=[LogPowerDecomposition(x)]).history
     assert len([name for name in history if name.startswith("power_decomposition/P1/")]) == 2
+
+
+def test_two_of_a_kind():
+    both = [LogPowerDecomposition(X), LogPowerDecomposition(X[:8], name="validation")]
+    history = fit(model_and(), *both).history
+    names = [key for key in history if key.startswith(("power_decomposition/P1", "validation/P1"))]
+    assert (
+        len(names) == 2 * len(set(name.split("/")[-1] for name in names)) and len({len(history[n]) for n in names}) == 1
+    )
+
+
+def test_a_loss_of_its_own():
+    callback = LogLossLandscape((X, X[:, 0, 0, :1]), loss=lambda y, p: keras.ops.mean(p, axis=-1), step_sizes=[1e-3])
+    history = fit(model_and(), callback).history
+    assert np.isfinite(history["loss_landscape/loss"]).all()

@@ -47,14 +47,15 @@ def test_channel_wise_collapse(make):
     (finding,) = found.findings
     share = found.power.fractions[0, 0]
     assert share > 0.9 and finding.evidence == f"{share:.0%} of its power is in the means of the channels"
-    assert "replace_normalization" in finding.advice and "layer_norm_proxy" in finding.advice
+    replaceable = isinstance(model.get_layer("norm"), L.GroupNormalization)
+    assert ('replace_normalization(model, to="layer_norm_proxy", layers=' in finding.advice) is replaceable
     assert np.isnan(found.mean_distance).all() and np.isnan(found.stddev_ratio).all()
 
 
 def test_channel_wise_collapse_of_a_proxy():
     found = report(offsets(kp.LayerNormProxy(name="norm")), varied())
     assert ("norm", "channel-wise collapse") in problems(found) and ("norm", "proxy far from data") in problems(found)
-    assert "proxy" in found.findings[0].advice and "replace_normalization" not in found.findings[0].advice
+    assert "proxies" in found.findings[0].advice and "replace_normalization" not in found.findings[0].advice
 
 
 @pytest.mark.parametrize("groups", [-1, 8])
@@ -98,7 +99,7 @@ def test_a_proxy_that_does_not_learn(how):
     model = far_proxy(2.0, learn_proxy=how != "learn_proxy")
     model.get_layer("norm").trainable = how != "layer"
     (finding,) = report(model, varied()).findings
-    assert "learn_proxy=True" in finding.advice
+    assert ("learn_proxy=True" if how == "learn_proxy" else "layer.trainable = True") in finding.advice
 
 
 def test_healthy():
@@ -182,7 +183,17 @@ def test_printed_for_one_layer():
 
 def test_columns():
     found = report(far_proxy(), varied())
-    assert list(found.to_dict()) == ["layer", "P1", "P2", "P3", "P4", "power", "mean off", "std off"]
+    assert list(found.to_dict()) == [
+        "layer",
+        "P1",
+        "P2",
+        "P3",
+        "P4",
+        "power",
+        "mean_distance",
+        "stddev_ratio",
+        "problems",
+    ]
     assert len(found) == 1
 
 
@@ -199,3 +210,35 @@ def test_without_positions():
     x = rng.standard_normal((200, 8)).astype("float32")
     for layer in (L.LayerNormalization(), kp.LayerNormProxy(), L.BatchNormalization()):
         assert not report(single(layer, (8,)), x).findings
+
+
+def test_advice_can_be_followed():
+    """What it says to call replaces the layers in question."""
+    model = keras.Sequential([keras.Input((8, 8, 3))])
+    for _ in range(2):
+        model.add(L.Conv2D(16, 3, bias_initializer=keras.initializers.RandomNormal(stddev=5.0, seed=0)))
+        model.add(L.GroupNormalization(4))
+        model.add(L.ReLU())
+    found = [f for f in report(model, images()[0]).findings if f.problem == "channel-wise collapse"]
+    assert (
+        found and 'replace_normalization(model, to="group_norm_proxy", layers=keras.layers.GroupNorm' in found[0].advice
+    )
+    replaced = kp.replace_normalization(model, to="group_norm_proxy", layers=keras.layers.GroupNormalization)
+    assert sum(isinstance(layer, kp.GroupNormProxy) for layer in replaced.layers) == 2
+
+
+def test_untrained_batch_normalization_is_not_said_to_collapse():
+    model = keras.Sequential([keras.Input((8, 8, 3))])
+    for _ in range(3):
+        model.add(L.Conv2D(16, 3))
+        model.add(L.BatchNormalization())
+        model.add(L.ReLU())
+    x = np.random.default_rng(0).uniform(size=(32, 8, 8, 3))
+    found = report(model, x)
+    assert {finding.problem for finding in found.findings} == {"moving statistics far from data"}
+    assert "training=True" in found.findings[0].advice
+    assert "channel-wise collapse" not in {f.problem for f in report(model, x, training=True).findings}
+
+
+def test_one_sample_is_not_said_to_vary():
+    assert "no instance variability" not in {f.problem for f in report(small(), images()[0][:1]).findings}

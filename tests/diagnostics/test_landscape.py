@@ -96,14 +96,10 @@ def test_more_samples_than_a_batch_of_arrays_has():
     check_parabola(found, *least_squares(x, y, numpy(model.layers[0].kernel)))
 
 
-@pytest.mark.parametrize("divergence", [1, 4.0, 0.9])
+@pytest.mark.parametrize("divergence", [1, 4.0])
 def test_divergence(divergence):
     model, x, y = linear(), normal(16, 4), normal(16, 1, seed=1)
     found = loss_landscape(model, (x, y), loss=MSE, step_sizes=STEPS, divergence=divergence)
-    if divergence < 1:
-        # Before a step, it is larger than that already.
-        assert found.largest_stable_step == 0
-        return
     loss, g, hessian = least_squares(x, y, numpy(model.layers[0].kernel))
     a, b, c = (g.T @ hessian @ g).item() / 2, -(g.T @ g).item(), loss * (1 - divergence)
     check_largest_step(found, (-b + np.sqrt(b**2 - 4 * a * c)) / (2 * a))
@@ -259,7 +255,7 @@ def test_bad_step_sizes(sizes):
 
 @pytest.mark.parametrize("divergence", [0, -1.0, True, None, "1", np.nan])
 def test_bad_divergence(divergence):
-    with pytest.raises(ValueError, match="Argument `divergence` must be a positive number. Received: divergence="):
+    with pytest.raises(ValueError, match="Argument `divergence` must be a number from 1 on. Received: divergence="):
         loss_landscape(linear(), (normal(8, 4), normal(8, 1)), loss=MSE, divergence=divergence)
 
 

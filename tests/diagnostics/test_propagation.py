@@ -403,3 +403,13 @@ def test_bad_input():
         measure(None, (x, y))
     with pytest.raises(ValueError, match="layer whose output is an activation"):
         measure(keras.Sequential([keras.Input((3,)), L.Dense(3)]), normal(3, 3))
+
+
+def test_a_short_last_batch_counts_by_its_samples():
+    model = dense()
+    x = normal(9, 5)
+    whole = measure(model, x[:8], batch_size=8)
+    both = measure(model, x, batch_size=8)
+    np.testing.assert_allclose(both.stable_rank, (8 * whole.stable_rank + 1) / 9, rtol=1e-5)
+    # One sample has no pairs.
+    np.testing.assert_allclose(both.cosine, whole.cosine, rtol=1e-5)
