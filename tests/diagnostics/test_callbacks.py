@@ -268,14 +268,13 @@ def test_a_slash_in_names():
 
 def test_two_of_a_kind():
     both = [LogPowerDecomposition(X), LogPowerDecomposition(X[:8], name="validation")]
-    history = fit(model_and(), *both).history
+    history = fit(model_and(), *both)
     names = [key for key in history if key.startswith(("power_decomposition/P1", "validation/P1"))]
-    assert (
-        len(names) == 2 * len(set(name.split("/")[-1] for name in names)) and len({len(history[n]) for n in names}) == 1
-    )
+    assert len(names) == 2 * len({name.split("/")[-1] for name in names})
+    assert len({len(history[name]) for name in names}) == 1
 
 
 def test_a_loss_of_its_own():
     callback = LogLossLandscape((X, X[:, 0, 0, :1]), loss=lambda y, p: keras.ops.mean(p, axis=-1), step_sizes=[1e-3])
-    history = fit(model_and(), callback).history
+    history = fit(model_and(), callback)
     assert np.isfinite(history["loss_landscape/loss"]).all()
