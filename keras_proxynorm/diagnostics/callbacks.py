@@ -202,8 +202,8 @@ class LogLossLandscape(_Log):
     ``"loss_landscape/effective_smoothness"``, one for each epoch with a measurement, and to TensorBoard under the same
     names. The results are in ``.results``, by epoch.
 
-    It costs a compilation each time, and up to ``len(step_sizes) + 7`` forward and backward passes of the batch: with the
-    default step sizes it takes as long as 40 to 50 training steps.
+    It costs a compilation each time, and up to ``len(step_sizes) + 7`` forward and backward passes of the batch: with
+    the default step sizes it takes as long as 40 to 50 training steps.
 
     Args:
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
