@@ -36,7 +36,8 @@ def new_axes(rows: int = 1, columns: int = 1, panel: tuple[float, float] = _PANE
 
 def plot_powers(result, ax=None, title=None, legend=True):
     """A stacked bar for each layer, of the four fractions of its power."""
-    ax = ax or new_axes()[0, 0]
+    # The legend takes the right of it.
+    ax = ax or new_axes(panel=(7.4, 3.0))[0, 0]
     depth = np.arange(1, len(result) + 1)
     bottom = np.zeros(len(result))
     for label, colour, fraction in zip(_POWER_LABELS, _POWER_COLOURS, result.fractions.T, strict=True):
