@@ -23,21 +23,21 @@ _LINE_STYLES = (
 _PANEL = (4.6, 3.0)
 
 
-def new_axes(rows: int = 1, columns: int = 1, panel: tuple[float, float] = _PANEL, **options):
-    """An array of axes of a new figure, of shape ``(rows, columns)``."""
+def new_axes(columns: int = 1, panel: tuple[float, float] = _PANEL):
+    """An array of axes of a new figure, side by side."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "keras_proxynorm[plots]"') from error
-    size = (panel[0] * columns, panel[1] * rows)
-    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=120, **options)
-    return axes
+    size = (panel[0] * columns, panel[1])
+    _, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", dpi=120)
+    return axes[0]
 
 
 def plot_powers(result, ax=None, title=None, legend=True):
     """A stacked bar for each layer, of the four fractions of its power."""
     # The legend takes the right of it.
-    ax = ax or new_axes(panel=(7.4, 3.0))[0, 0]
+    ax = ax or new_axes(panel=(7.4, 3.0))[0]
     depth = np.arange(1, len(result) + 1)
     bottom = np.zeros(len(result))
     for label, colour, fraction in zip(_POWER_LABELS, _POWER_COLOURS, result.fractions.T, strict=True):
@@ -68,7 +68,7 @@ def plot_signal(result, axes=None, label=None):
     columns = result.columns()
     if np.isnan(columns["gradient_norm"]).all():
         del columns["gradient_norm"]
-    axes = new_axes(1, len(columns), panel=(2.5, 2.4))[0] if axes is None else np.ravel(axes)
+    axes = new_axes(len(columns), panel=(2.5, 2.4)) if axes is None else np.ravel(axes)
     if len(axes) < len(columns):
         raise ValueError(f"Argument `axes` must have {len(columns)} axes. Received: {len(axes)}")
     depth = np.arange(1, len(result) + 1)
@@ -90,7 +90,7 @@ def plot_signal(result, axes=None, label=None):
 
 def plot_landscape(result, axes=None):
     """The relative loss and the change of the gradient, against the step size."""
-    axes = new_axes(1, 2)[0] if axes is None else np.ravel(axes)
+    axes = new_axes(2) if axes is None else np.ravel(axes)
     if len(axes) < 2:
         raise ValueError(f"Argument `axes` must have 2 axes. Received: {len(axes)}")
     steps = result.step_sizes
