@@ -14,7 +14,7 @@ from keras_proxynorm.diagnostics.power import channel_powers
 from keras_proxynorm.diagnostics.power import decomposition
 from keras_proxynorm.diagnostics.tables import LayerTable
 from keras_proxynorm.layers import ProxyActivation
-from keras_proxynorm.layers.base import ProxyNormalizationLayer
+from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["CollapseReport", "Finding", "collapse_report"]
 

@@ -12,7 +12,7 @@ import keras
 from keras import layers as keras_layers
 from keras import ops
 
-from keras_proxynorm.layers.base import ProxyNormalizationLayer
+from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = [
     "LayerChoice",

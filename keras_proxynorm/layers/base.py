@@ -1,4 +1,4 @@
-"""What the proxy-normalized layers share: their arguments, weights, config and error messages."""
+"""What all layers of the package share: axis, scale and offset, their arguments, config and error messages."""
 
 import numbers
 from collections.abc import Callable
@@ -12,16 +12,11 @@ from keras import initializers
 from keras import ops
 from keras import regularizers
 
-from keras_proxynorm import kernels
-from keras_proxynorm.moments import check_method
-from keras_proxynorm.moments import computation_dtype
-from keras_proxynorm.moments import resolve_activation
-
 __all__ = [
     "ActivationLike",
     "ConstraintLike",
     "InitializerLike",
-    "ProxyNormalizationLayer",
+    "NormalizationLayer",
     "RegularizerLike",
     "as_epsilon",
     "as_integer",
@@ -34,36 +29,26 @@ RegularizerLike: TypeAlias = str | Callable | dict | None
 ConstraintLike: TypeAlias = str | Callable | dict | None
 
 
-class ProxyNormalizationLayer(keras.layers.Layer):
-    """Affine, activation and proxy normalization; subclasses may normalize first.
+class NormalizationLayer(keras.layers.Layer):
+    """A layer with a channel axis, and a scale `gamma` and an offset `beta` for each channel.
 
-    Not meant to be used directly; see `GroupNormProxy`, `LayerNormProxy` and `ProxyActivation`.
+    Not meant to be used directly; subclasses have a `call`.
     """
 
     def __init__(
         self,
-        axis: int,
-        center: bool,
-        scale: bool,
-        beta_initializer: InitializerLike,
-        gamma_initializer: InitializerLike,
-        beta_regularizer: RegularizerLike,
-        gamma_regularizer: RegularizerLike,
-        beta_constraint: ConstraintLike,
-        gamma_constraint: ConstraintLike,
-        activation: ActivationLike,
-        proxy_epsilon: float,
-        proxy_moments: str,
-        num_quantiles: int,
-        learn_proxy: bool,
-        proxy_initializer: InitializerLike,
-        proxy_regularizer: RegularizerLike,
-        proxy_constraint: ConstraintLike,
+        axis: int = -1,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: InitializerLike = "zeros",
+        gamma_initializer: InitializerLike = "ones",
+        beta_regularizer: RegularizerLike = None,
+        gamma_regularizer: RegularizerLike = None,
+        beta_constraint: ConstraintLike = None,
+        gamma_constraint: ConstraintLike = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_method(proxy_moments, num_quantiles, name="proxy_moments")
-        self.supports_masking = True
         # Statistics are float32 whatever the policy, so the input must not be cast to float16 on the way in.
         self.autocast = False
         self.axis = as_integer("axis", axis, "an integer, the channel axis")
@@ -75,47 +60,8 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
-        # Not by the property: on PyTorch a layer is a Module, and Modules are assigned past properties.
-        self._set_activation(activation)
-        self.proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
-        self.proxy_moments = proxy_moments
-        self.num_quantiles = num_quantiles
-        self.learn_proxy = learn_proxy
-        self.proxy_initializer = initializers.get(proxy_initializer)
-        self.proxy_regularizer = regularizers.get(proxy_regularizer)
-        self.proxy_constraint = constraints.get(proxy_constraint)
         self.gamma = None
         self.beta = None
-        self.proxy = None
-
-    @property
-    def activation(self):
-        """The activation, as a function or a layer. Assigning another one takes effect at the next call or tracing."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, activation: ActivationLike):
-        self._set_activation(activation)
-
-    def _set_activation(self, activation):
-        elementwise = resolve_activation(activation)
-        if self.built and elementwise.is_identity != (self.proxy is None):
-            raise ValueError(
-                "The activation of a layer that is built cannot change between None and another, because only one of "
-                f"them has a proxy. Make a new layer. Received: activation={activation!r}"
-            )
-        self._elementwise = elementwise
-        self._activation = keras.activations.get(activation)
-
-    @property
-    def proxy_mean(self):
-        """Mean of the Gaussian proxy of each channel, shape ``(channels,)``; None without a proxy or before build."""
-        return None if self.proxy is None else self.proxy[0]
-
-    @property
-    def proxy_stddev(self):
-        """Standard deviation of the proxy of each channel, shape ``(channels,)``; None like `proxy_mean`."""
-        return None if self.proxy is None else ops.abs(1.0 + self.proxy[1])
 
     def build(self, input_shape):
         if any(isinstance(size, (list, tuple)) for size in input_shape):
@@ -129,6 +75,10 @@ class ProxyNormalizationLayer(keras.layers.Layer):
             )
         self._check_channels(input_shape, channels)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
+        self._add_affine(channels)
+        super().build(input_shape)
+
+    def _add_affine(self, channels):
         if self.scale:
             self.gamma = self.add_weight(
                 shape=(channels,),
@@ -147,101 +97,10 @@ class ProxyNormalizationLayer(keras.layers.Layer):
                 constraint=self.beta_constraint,
                 autocast=False,
             )
-        # Proxy normalization of a line would only cancel gamma.
-        if not self._elementwise.is_identity:
-            self.proxy = self.add_weight(
-                shape=(2, channels),
-                name="proxy",
-                initializer=self.proxy_initializer,
-                regularizer=self.proxy_regularizer,
-                constraint=self.proxy_constraint,
-                trainable=self.learn_proxy,
-                autocast=False,
-            )
-        super().build(input_shape)
 
-    def call(self, inputs, mask=None):
-        self._check_dtype(inputs)
-        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
-        gamma, beta = (None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta))
-        outputs = self._normalize_and_activate(
-            ops.cast(inputs, dtype), mask, gamma, beta, self.activation_moments(dtype)
-        )
-        return ops.cast(outputs, self.compute_dtype)
-
-    def normalize_inputs(self, inputs, mask=None):
-        """The normalized inputs ``y``, which `gamma`, `beta`, the activation and proxy normalization are applied to.
-
-        Args:
-            inputs: Tensor, as for a call of the layer.
-            mask: As for a call of the layer.
-
-        Returns:
-            A tensor of the shape of `inputs`, in the dtype that the layer computes statistics in.
-        """
-        self._check_dtype(inputs)
-        return self._normalize(ops.cast(inputs, computation_dtype(inputs.dtype, self.variable_dtype)), mask)
-
-    def activation_moments(self, dtype=None):
-        """Mean and variance of the activation under the proxy, by which the output is normalized.
-
-        Args:
-            dtype: The dtype to compute in. Defaults to that of the variables, or float32 if that is less precise.
-
-        Returns:
-            Two tensors of shape ``(channels,)``; None without a proxy.
-        """
-        if self.proxy is None:
-            return None
-        dtype = dtype or computation_dtype(self.variable_dtype)
-        gamma, beta, proxy = (
-            None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta, self.proxy)
-        )
-        return kernels.proxy_moments(self._elementwise, gamma, beta, proxy, self.proxy_moments, self.num_quantiles)
-
-    def inference_constants(self) -> tuple[np.ndarray, ...]:
-        """What the layer multiplies with and adds, once its weights do not change any more.
-
-        Returns:
-            ``(scale, offset, output_scale, output_offset)``, NumPy vectors of shape ``(channels,)``, computed in
-            float64 where the backend has it, such that the layer computes ``output_scale * activation(scale * y +
-            offset) + output_offset`` of the normalized input ``y``.
-        """
-        channels = next(iter(self.input_spec.axes.values()))
-        scale, offset = (
-            np.full(channels, default) if weight is None else ops.convert_to_numpy(weight).astype("float64")
-            for weight, default in ((self.gamma, 1.0), (self.beta, 0.0))
-        )
-        moments = self.activation_moments("float64")
-        if moments is None:
-            return scale, offset, np.ones(channels), np.zeros(channels)
-        mean, variance = (ops.convert_to_numpy(moment).astype("float64") for moment in moments)
-        output_scale = 1 / np.sqrt(variance + self.proxy_epsilon)
-        return scale, offset, output_scale, -mean * output_scale
-
-    def _normalize_and_activate(self, x, mask, gamma, beta, moments):
-        """The whole layer as a function of tensors, here without a normalization.
-
-        Args:
-            x: The inputs, a tensor of the dtype of the computation.
-            mask: The mask or None.
-            gamma: Tensor of shape ``(channels,)`` or None.
-            beta: Tensor of shape ``(channels,)`` or None.
-            moments: What `activation_moments` returns.
-        """
-        return kernels.affine_and_activate(
-            x,
-            gamma,
-            beta,
-            moments,
-            activation=self._elementwise,
-            axis=self._channel_axis(x.shape),
-            proxy_epsilon=self.proxy_epsilon,
-        )
-
-    def _normalize(self, x, mask):
-        """The first step of `_normalize_and_activate` alone; here there is none."""
-        return x
+    def _affine(self, dtype):
+        """`gamma` and `beta` in the dtype of a computation; None where there is none."""
+        return tuple(None if weight is None else ops.cast(weight, dtype) for weight in (self.gamma, self.beta))
 
     def _check_channels(self, input_shape, channels):
         """Raises a ValueError if the layer cannot have this many channels."""
@@ -272,7 +131,7 @@ class ProxyNormalizationLayer(keras.layers.Layer):
         self._channel_axis(input_shape)
         return input_shape
 
-    def compute_output_spec(self, inputs, mask=None):
+    def compute_output_spec(self, inputs, **kwargs):
         self._check_dtype(inputs)
         return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
 
@@ -310,14 +169,6 @@ class ProxyNormalizationLayer(keras.layers.Layer):
                 "gamma_regularizer": regularizers.serialize(self.gamma_regularizer),
                 "beta_constraint": constraints.serialize(self.beta_constraint),
                 "gamma_constraint": constraints.serialize(self.gamma_constraint),
-                "activation": keras.activations.serialize(self.activation),
-                "proxy_epsilon": self.proxy_epsilon,
-                "proxy_moments": self.proxy_moments,
-                "num_quantiles": self.num_quantiles,
-                "learn_proxy": self.learn_proxy,
-                "proxy_initializer": initializers.serialize(self.proxy_initializer),
-                "proxy_regularizer": regularizers.serialize(self.proxy_regularizer),
-                "proxy_constraint": constraints.serialize(self.proxy_constraint),
             }
         )
         return config

@@ -8,10 +8,10 @@ from keras_proxynorm import kernels
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import ProxyNormalizationLayer
 from keras_proxynorm.layers.base import RegularizerLike
 from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.layers.base import as_integer
+from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["GroupNormProxy"]
 

@@ -5,8 +5,8 @@ import keras
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import ProxyNormalizationLayer
 from keras_proxynorm.layers.base import RegularizerLike
+from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["ProxyActivation"]
 
