@@ -1,0 +1,99 @@
+"""Weight standardization: filters of zero mean and unit variance in the place of normalized activations."""
+
+import keras
+from keras import ops
+
+from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.kernels import channels
+from keras_proxynorm.layers.base import ActivationLike
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.moments import resolve_activation
+
+__all__ = ["WeightStandardization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class WeightStandardization(KernelNormalization):
+    """Scaled weight standardization: a linear layer whose filters are standardized, with scale, offset and activation.
+
+    For each filter ``c`` with ``fan_in`` weights, of mean ``m_c`` and standard deviation ``s_c``,
+
+        z = phi(x * W' + beta_c),    W' = gain gamma_c (W - m_c) / ((s_c + epsilon) sqrt(fan_in))
+
+    where ``gain`` is 1 over the standard deviation of ``phi(N(0, 1))``, for relu ``sqrt(2 pi / (pi - 1))``, so that
+    signals keep their variance from layer to layer. Nothing depends on data. There is nothing to normalize where a
+    filter has one weight (a depthwise 1x1 convolution): it becomes 0.
+
+    Args:
+        layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
+            `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
+        epsilon: Float, added to the standard deviation of a filter. Defaults to 1e-5.
+        activation: The activation behind the layer: a name, an elementwise callable of one tensor, a parameter-free
+            Keras activation layer, or None, for which the gain is 1. Defaults to ``"relu"``.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+
+    Call arguments:
+        inputs: Float tensor, as for the layer inside.
+
+    Output:
+        A tensor of the shape of the output of the layer inside, in the layer's compute dtype.
+
+    Raises:
+        ValueError: For bad arguments.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import WeightStandardization
+    >>> layer = WeightStandardization(keras.layers.Conv2D(16, 3, use_bias=False))
+    >>> tuple(layer(keras.ops.ones((2, 8, 8, 3))).shape)
+    (2, 6, 6, 16)
+
+    Reference:
+
+    - [Qiao et al., 2019](https://arxiv.org/abs/1903.10520), weight standardization
+    - [Brock et al., 2021](https://arxiv.org/abs/2101.08692), the gain
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        epsilon: float = 1e-5,
+        *,
+        activation: ActivationLike = "relu",
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        self.epsilon = as_epsilon("epsilon", epsilon)
+        self._elementwise = resolve_activation(activation)
+        self.activation = keras.activations.get(activation)
+
+    def _normalize(self, inputs, kernel, dtype, training):
+        gamma, beta = self._affine(dtype)
+        filters = self._by_filter(kernel)
+        fan_in = filters.shape[0]
+        filters = filters - ops.sum(filters, axis=0) / fan_in
+        variance = ops.sum(ops.square(filters), axis=0) / fan_in
+        # The gradient of a square root at 0 is infinite.
+        stddev = ops.where(variance > 0, ops.sqrt(ops.where(variance > 0, variance, ops.ones_like(variance))), 0.0)
+        _, activated_variance = self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))
+        filters = filters * ops.rsqrt(activated_variance) / ((stddev + self.epsilon) * fan_in**0.5)
+        if gamma is not None:
+            filters = filters * gamma
+        outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
+        if beta is not None:
+            outputs = outputs + channels.broadcast(beta, outputs, self.axis % len(outputs.shape))
+        return self._elementwise.function(outputs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "epsilon": self.epsilon,
+            "activation": keras.activations.serialize(self.activation),
+        }
