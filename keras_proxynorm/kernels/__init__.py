@@ -1,5 +1,6 @@
 """Pure tensor functions: group statistics, and the normalize and activate steps."""
 
+from keras_proxynorm.kernels.proxy_norm import affine
 from keras_proxynorm.kernels.proxy_norm import affine_and_activate
 from keras_proxynorm.kernels.proxy_norm import group_normalize_and_activate
 from keras_proxynorm.kernels.proxy_norm import normalize
@@ -9,6 +10,7 @@ from keras_proxynorm.kernels.reductions import reduction
 from keras_proxynorm.kernels.statistics import group_moments
 
 __all__ = [
+    "affine",
     "affine_and_activate",
     "group_moments",
     "group_normalize_and_activate",

@@ -10,7 +10,14 @@ from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.moments import ElementwiseActivation
 
-__all__ = ["affine_and_activate", "group_normalize_and_activate", "normalize", "proxy_moments", "proxy_normalize"]
+__all__ = [
+    "affine",
+    "affine_and_activate",
+    "group_normalize_and_activate",
+    "normalize",
+    "proxy_moments",
+    "proxy_normalize",
+]
 
 
 def group_normalize_and_activate(
@@ -83,15 +90,18 @@ def affine_and_activate(
     Takes the arguments of `group_normalize_and_activate` that it has, and returns a tensor of the shape and dtype of
     `x`.
     """
-    gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
-    if gamma is not None:
-        x = x * gamma
-    if beta is not None:
-        x = x + beta
+    x = affine(x, channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis))
     if proxy_moments is None:
         return activation.function(x)
     mean, variance = (channels.broadcast(moment, x, axis) for moment in proxy_moments)
     return proxy_normalize(x, activation, mean, variance, proxy_epsilon)
+
+
+def affine(x, gamma, beta):
+    """``gamma x + beta``, of tensors that broadcast against `x`, or None for 1 and 0."""
+    if gamma is not None:
+        x = x * gamma
+    return x if beta is None else x + beta
 
 
 def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):

@@ -1,0 +1,158 @@
+"""Batch group normalization: statistics over the batch and over groups of features."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.kernels.batch_statistics import Moments
+from keras_proxynorm.kernels.batch_statistics import channel_moments
+from keras_proxynorm.kernels.batch_statistics import merge
+from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.layers.base import as_integer
+
+__all__ = ["BatchGroupNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class BatchGroupNormalization(MovingStatisticsLayer):
+    """Batch normalization whose statistics are shared by groups of features (BGN).
+
+    The features of an example, in the order channel, height, width, are cut into `groups` equal parts. Each part has
+    one mean and one variance, over the part and over the batch; scale and offset are those of the channel. With as many
+    groups as channels that is batch normalization; with fewer it needs fewer examples, and on a batch of one it is
+    group normalization; with more, a group is part of a channel's map, and the size of the map must not change.
+
+    The paper ties the number of groups to the batch size of a device, the same for all layers: the smaller the batch,
+    the fewer groups. On ImageNet it takes 512, 256, 128, 64, 16, 2, 1 for 128, 64, 32, 16, 8, 4, 2 images (quoted from
+    memory).
+
+    Args:
+        groups: Positive integer, the number of groups. It must divide the number of channels, or, if it does not, the
+            number of features, the sizes of which must then be known. Defaults to 32.
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.9.
+        epsilon: Float, added to the variance. Defaults to 1e-5.
+        use_moving_statistics: If True, inference normalizes by the moving averages of the groups' statistics, as batch
+            normalization does. If False, by those of the batch at hand. What the authors do is not known to us; an
+            implementation by others has no averages. Defaults to True.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        moving_mean: Weight of shape ``(groups,)``.
+        moving_variance: Weight of shape ``(groups,)``.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown if
+            `groups` divides the number of channels.
+        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for groups that divide neither channels nor features and
+            an axis that is out of range when it is built; for integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import BatchGroupNormalization
+    >>> layer = BatchGroupNormalization(groups=4)
+    >>> tuple(layer(keras.ops.ones((2, 4, 4, 16)), training=True).shape)
+    (2, 4, 4, 16)
+
+    Reference:
+
+    - [Zhou et al., 2020](https://arxiv.org/abs/2012.02782)
+    """
+
+    def __init__(
+        self,
+        groups: int = 32,
+        axis: int = -1,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        *,
+        use_moving_statistics: bool = True,
+        **kwargs,
+    ):
+        super().__init__(momentum, epsilon, axis=axis, **kwargs)
+        self.groups = as_integer("groups", groups, "a positive integer")
+        if self.groups < 1:
+            raise ValueError(f"Argument `groups` must be a positive integer. Received: groups={groups}")
+        self.use_moving_statistics = bool(use_moving_statistics)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if not self._groups_channels(input_shape):
+            # The statistics of a part of a map mean something for a map of this size.
+            sizes = dict(enumerate(input_shape[1:], 1))
+            self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
+
+    def _groups_channels(self, shape):
+        return shape[self._channel_axis(shape)] % self.groups == 0
+
+    def _statistics_size(self, input_shape):
+        return self.groups
+
+    def _check_channels(self, input_shape, channels):
+        if self._groups_channels(input_shape):
+            return
+        received = f"Received: groups={self.groups}, inputs.shape={tuple(input_shape)}"
+        if None in input_shape[1:]:
+            raise ValueError(
+                f"Argument `groups` must divide the number of channels, {channels}, where other sizes of the inputs "
+                f"are unknown. {received}"
+            )
+        features = math.prod(input_shape[1:])
+        if features % self.groups:
+            raise ValueError(
+                f"Argument `groups` must divide the number of channels, {channels}, or that of features, {features}. "
+                f"{received}"
+            )
+
+    def _normalize_batch(self, x, gamma, beta):
+        moments = self._batch_moments(x)
+        self._move(moments.mean[0], moments.variance[0])
+        return self._normalize(x, moments, gamma, beta)
+
+    def _normalize_moving(self, x, gamma, beta):
+        if self.use_moving_statistics:
+            return self._normalize(x, Moments.of_vectors(*self._moving(x.dtype)), gamma, beta)
+        return self._normalize(x, self._batch_moments(x), gamma, beta)
+
+    def _batch_moments(self, x):
+        """The moments of each group, of shape ``(1, groups)``."""
+        if not self._groups_channels(x.shape):
+            return merge(channel_moments(self._by_features(x), axis=1))
+        axis = self._channel_axis(x.shape)
+        of_channels = merge(channel_moments(x, axis), self.groups)
+        return Moments(*(moment[:, :: x.shape[axis] // self.groups] for moment in of_channels))
+
+    def _normalize(self, x, moments, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        gamma, beta = broadcast(gamma, x, axis), broadcast(beta, x, axis)
+        if self._groups_channels(x.shape):
+            # Group statistics for each channel, and no copy of the input in another layout.
+            moments = Moments(*(ops.repeat(moment, x.shape[axis] // self.groups, axis=1) for moment in moments))
+            return kernels.normalize(x, *moments.over(x, axis), gamma, beta, self.epsilon)
+        parts = self._by_features(x)
+        parts = kernels.normalize(parts, *moments.over(parts, 1), None, None, self.epsilon)
+        sizes = [size for i, size in enumerate(x.shape) if i not in (0, axis)]
+        y = ops.moveaxis(ops.reshape(parts, (-1, x.shape[axis], *sizes)), 1, axis)
+        return kernels.affine(y, gamma, beta)
+
+    def _by_features(self, x):
+        """The inputs as ``(batch, groups, features of a group)``, features in the order channel, height, width."""
+        features = math.prod(x.shape[1:])
+        return ops.reshape(ops.moveaxis(x, self._channel_axis(x.shape), 1), (-1, self.groups, features // self.groups))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "groups": self.groups, "use_moving_statistics": self.use_moving_statistics}

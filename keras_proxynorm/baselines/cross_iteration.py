@@ -1,0 +1,301 @@
+"""Cross-iteration batch normalization: statistics over the last few batches, corrected for the kernel's changes."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.kernels import channels
+from keras_proxynorm.kernels.patches import moment_derivatives
+from keras_proxynorm.kernels.statistics import group_moments
+from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.layers.base import as_integer
+from keras_proxynorm.moments import computation_dtype
+
+__all__ = ["CrossIterationBatchNormalization"]
+
+_INVALID = ("clamp", "drop")
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class CrossIterationBatchNormalization(KernelNormalization):
+    """Batch normalization over the batches of the last few iterations (CBN), with the linear layer in front of it.
+
+    A small batch has noisy statistics, and those of earlier batches are of an earlier kernel. A Taylor polynomial of
+    first order corrects them for what has changed in the kernel since. With mean ``m_i`` and variance ``v_i`` of a
+    channel of the output of the linear layer, ``i`` iterations ago, when its kernel was ``W_i``,
+
+        m'_i = m_i + <dm_i/dW, W_0 - W_i>
+        v'_i = v_i + <dv_i/dW, W_0 - W_i> - <dm_i/dW, W_0 - W_i>^2
+        m = mean_i m'_i
+        v = mean_i max(v'_i, 0) + variance_i m'_i
+        z = gamma (x - m) / sqrt(v + epsilon) + beta
+
+    over the iterations ``i = 0, ..., window - 1``, or as many as there have been. That is the formula of the paper,
+    which has raw moments ``E[x^2]`` in the place of variances. While the kernel does not change, as between the steps
+    of accumulated gradients, it is batch normalization over all the batches together. Gradients go through the present
+    batch only: what is remembered is constant. The kernels of layers further in front are not corrected for.
+
+    At inference it is batch normalization with moving averages of the mean and the unbiased variance of single batches.
+    In training all variances are biased ones; the authors' code has unbiased ones during `burn_in`.
+
+    Nothing is shared between the replicas of a `tf.distribute` strategy: each has the statistics of its part of the
+    batch, and remembers them; a file gets their average, and that of the moving averages.
+
+    Args:
+        layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
+            `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
+        window: Positive integer, the number of iterations whose statistics are averaged, the present one included. The
+            paper has ``min(ceil(16 / batch size), 8)``, for the batch size of a device; 1 is batch normalization.
+            Defaults to 4.
+        burn_in: Integer, the number of training calls at the start that are plain batch normalization and not
+            remembered, while kernels change fast. The paper has 25 epochs of ImageNet, 3 of COCO. Defaults to 0.
+        momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.9.
+        epsilon: Float, added to the variance. Defaults to 1e-5.
+        compensation: Number or boolean, a factor of the inner products above. With 0 or False nothing is corrected
+            ("naive CBN"), and no derivatives are computed and stored. Defaults to 1.
+        invalid: What becomes of a negative ``v'_i``. ``"clamp"``, as in the paper: it is 0. ``"drop"``, as in the
+            authors' code: this iteration does not enter the averages of this channel. Defaults to ``"clamp"``.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        moving_mean: Weight of shape ``(channels,)``.
+        moving_variance: Weight of shape ``(channels,)``.
+        iterations: Integer weight, the number of training calls so far.
+
+    Call arguments:
+        inputs: Float tensor, as for the layer inside; sizes other than that of the channel axis may be unknown.
+        training: Whether to use the statistics of the batches and to remember them. A frozen layer does not.
+
+    Output:
+        A tensor of the shape of the output of the layer inside, in the layer's compute dtype. Statistics are float32 at
+        least.
+
+    State and cost:
+        The last ``window - 1`` iterations are non-trainable weights, saved with the others, so that training goes on
+        where it stopped. They are as large as ``window - 1`` copies of the kernel, which hold ``dv/dW``, and vectors;
+        ``W_i`` itself is not needed, since ``<dm_i/dW, W_i>`` and ``<dv_i/dW, W_i>`` are. A training call computes one
+        more gradient of the kernel and reads and writes that memory once; the backward pass is that of batch
+        normalization. Inference costs nothing more.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import CrossIterationBatchNormalization
+    >>> convolution = keras.layers.Conv2D(16, 3, use_bias=False)
+    >>> layer = CrossIterationBatchNormalization(convolution, window=8)
+    >>> tuple(layer(keras.ops.ones((2, 8, 8, 3)), training=True).shape)
+    (2, 6, 6, 16)
+
+    Reference:
+
+    - [Yao et al., 2020](https://arxiv.org/abs/2002.05712)
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        window: int = 4,
+        burn_in: int = 0,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        *,
+        compensation: float | bool = 1.0,
+        invalid: str = "clamp",
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        self.window = as_integer("window", window, "a positive integer")
+        if self.window < 1:
+            raise ValueError(f"Argument `window` must be a positive integer. Received: window={window}")
+        self.burn_in = as_integer("burn_in", burn_in, "an integer that is not negative")
+        if self.burn_in < 0:
+            raise ValueError(f"Argument `burn_in` must be an integer that is not negative. Received: burn_in={burn_in}")
+        self.momentum = as_epsilon("momentum", momentum)
+        if self.momentum > 1:
+            raise ValueError(f"Argument `momentum` must be a number from 0 to 1. Received: momentum={momentum}")
+        self.epsilon = as_epsilon("epsilon", epsilon)
+        # True is 1.
+        compensation = float(compensation) if isinstance(compensation, bool) else compensation
+        self.compensation = as_epsilon("compensation", compensation)
+        if invalid not in _INVALID:
+            raise ValueError(f"Argument `invalid` must be one of {_INVALID}. Received: invalid={invalid!r}")
+        self.invalid = invalid
+        self.moving_mean = None
+        self.moving_variance = None
+        self.iterations = None
+        self._history = []
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        kernel = self.layer.kernel
+        self._groups = kernel.shape[-2] if self.is_depthwise else getattr(self.layer, "groups", 1)
+        self.moving_mean, self.moving_variance = (
+            self.add_weight(
+                shape=(self.channels,),
+                name=name,
+                initializer=initializer,
+                trainable=False,
+                autocast=False,
+                aggregation="mean",
+            )
+            for name, initializer in (("moving_mean", "zeros"), ("moving_variance", "ones"))
+        )
+        self.iterations = self.add_weight(
+            shape=(), name="iterations", dtype="int32", trainable=False, aggregation="only_first_replica"
+        )
+        if self.window == 1:
+            return
+        shapes = {"past_moments": (2, self.channels)}
+        if self.compensation:
+            fan_in = math.prod(kernel.shape) // self.channels
+            shapes["past_products"] = (2, self.channels)
+            shapes["past_mean_derivatives"] = (fan_in, self._groups, 1)
+            shapes["past_variance_derivatives"] = (fan_in, self._groups, self.channels // self._groups)
+        # Variables of their own making, because `add_weight` cannot leave out the synchronization.
+        self._history = [
+            keras.Variable(
+                "zeros",
+                shape=(self.window - 1, *shape),
+                dtype=computation_dtype(kernel.dtype, self.variable_dtype),
+                trainable=False,
+                autocast=False,
+                aggregation="mean",
+                synchronization="on_read",
+                name=name,
+            )
+            for name, shape in shapes.items()
+        ]
+
+    def _normalize(self, inputs, kernel, dtype, training):
+        x = ops.cast(self.layer(inputs), dtype)
+        if training:
+            moments = self._moments_in_training(ops.cast(inputs, dtype), x, kernel)
+        else:
+            mean, variance = (ops.cast(weight, dtype) for weight in (self.moving_mean, self.moving_variance))
+            moments = mean, ops.zeros_like(mean), variance
+        return kernels.normalize(x, *self._over(x, *moments, *self._affine(dtype)), self.epsilon)
+
+    def _moments_in_training(self, inputs, x, kernel):
+        """Pivot, distance and variance of the window, as vectors, with the state moved on by an iteration."""
+        pivot, distance, variance = self._batch_moments(x)
+        mean = pivot + distance
+        count = ops.cast(ops.shape(x)[0] * group_size(x, self.channels, self.axis % len(x.shape)), x.dtype)
+        self._move(self.moving_mean, mean)
+        self._move(self.moving_variance, variance * (count / ops.maximum(count - 1, 1)))
+        if self.window > 1:
+            kernel = ops.stop_gradient(ops.reshape(kernel, (-1, self._groups, self.channels // self._groups)))
+            past_means, past_variances = self._past_moments(kernel)
+            centered = x - sum(self._over(x, pivot, distance))
+            self._remember(ops.stack([mean, variance]), inputs, centered, kernel)
+            distance, variance = self._average(past_means - pivot, past_variances, distance, variance)
+        self.iterations.assign(self.iterations + 1)
+        return pivot, distance, variance
+
+    def _batch_moments(self, x):
+        of_samples = group_moments(x, self.channels, self.axis % len(x.shape))
+        pivots, distances, variances = (ops.reshape(moment, (-1, self.channels)) for moment in of_samples)
+        count = ops.maximum(ops.cast(ops.shape(x)[0], x.dtype), 1)
+
+        def average(values):
+            return ops.sum(values, axis=0) / count
+
+        pivot = average(pivots)
+        # Close to each other, so their difference is exact.
+        means = (pivots - pivot) + distances
+        distance = average(means)
+        return pivot, distance, average(variances) + average(ops.square(means - distance))
+
+    def _past_moments(self, kernel):
+        """Means and variances of past iterations, had they had the present kernel, ``(window - 1, channels)``."""
+        moments, *derived = map(ops.convert_to_tensor, self._history)
+        if not self.compensation:
+            return moments[:, 0], moments[:, 1]
+        products, *derivatives = derived
+        changes = self.compensation * (self._products(derivatives, kernel) - products)
+        moments = moments + changes
+        return moments[:, 0], moments[:, 1] - ops.square(changes[:, 0])
+
+    def _products(self, derivatives, kernel):
+        """Inner products for each channel with the derivatives of mean and variance: ``(iterations, 2, channels)``."""
+        products = (ops.sum(derivative * kernel, axis=1) for derivative in derivatives)
+        return ops.stack([ops.reshape(product, (-1, self.channels)) for product in products], axis=1)
+
+    def _remember(self, moments, inputs, centered, kernel):
+        present = [ops.expand_dims(moments, 0)]
+        if self.compensation:
+            inputs, centered = (ops.stop_gradient(ops.moveaxis(tensor, self.axis, -1)) for tensor in (inputs, centered))
+            names = ("kernel_size", "strides", "dilation_rate", "padding")
+            geometry = {name: getattr(self.layer, name) for name in names if hasattr(self.layer, name)}
+            derivatives = moment_derivatives(inputs, centered, self._groups, **geometry)
+            derivatives = [ops.expand_dims(derivative, 0) for derivative in derivatives]
+            present += [self._products(derivatives, kernel), *derivatives]
+        for weight, value in zip(self._history, present, strict=True):
+            weight.assign(ops.concatenate([ops.stop_gradient(value), weight[:-1]]))
+
+    def _average(self, past_distances, past_variances, distance, variance):
+        # The youngest come first. What is older than the end of `burn_in` is there, and has the weight 0.
+        is_used = ops.expand_dims(ops.arange(self.window - 1) < self.iterations - self.burn_in, 1)
+        if self.invalid == "drop":
+            is_used = ops.logical_and(is_used, past_variances >= 0)
+
+        def with_present(past, present):
+            # Replaced, because infinity times 0 would be NaN.
+            past = ops.where(is_used, past, ops.zeros_like(past))
+            return ops.concatenate([ops.expand_dims(present, 0), past])
+
+        is_used = ops.broadcast_to(is_used, past_distances.shape)
+        weights = with_present(ops.ones_like(past_distances), ops.ones_like(distance))
+        weights = weights / ops.sum(weights, axis=0)
+        distances = with_present(past_distances, distance)
+        variances = with_present(ops.relu(past_variances), variance)
+        distance = ops.sum(weights * distances, axis=0)
+        return distance, ops.sum(weights * (variances + ops.square(distances - distance)), axis=0)
+
+    def _move(self, weight, value):
+        # float32 also where variables are half precision: small steps would be rounded away.
+        old = ops.cast(weight, value.dtype)
+        weight.assign(old + (1.0 - self.momentum) * (value - old))
+
+    def _over(self, x, *vectors):
+        return [channels.broadcast(vector, x, self.axis % len(x.shape)) for vector in vectors]
+
+    def inference_affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the layer does at inference behind the linear layer, as a scale and an offset.
+
+        Returns:
+            ``(scale, offset)``, NumPy vectors of shape ``(channels,)``, float64, such that at inference the layer is
+            ``scale * layer(inputs) + offset``.
+        """
+        gamma, beta, mean, variance = (
+            default if weight is None else ops.convert_to_numpy(weight).astype("float64")
+            for weight, default in (
+                (self.gamma, 1.0),
+                (self.beta, 0.0),
+                (self.moving_mean, 0),
+                (self.moving_variance, 1),
+            )
+        )
+        scale = gamma / np.sqrt(variance + self.epsilon)
+        return scale, beta - mean * scale
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "window": self.window,
+            "burn_in": self.burn_in,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "compensation": self.compensation,
+            "invalid": self.invalid,
+        }

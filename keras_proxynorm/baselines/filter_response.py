@@ -1,0 +1,119 @@
+"""Filter response normalization: division by the root mean square of a channel, and a learned threshold."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.kernels.reductions import position_sums
+from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.layers.base import NormalizationLayer
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.moments import computation_dtype
+
+__all__ = ["FilterResponseNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class FilterResponseNormalization(NormalizationLayer):
+    """Filter response normalization with its thresholded linear unit (FRN and TLU).
+
+        y = gamma_c x / sqrt(mean_p x^2 + |learned_epsilon|) + beta_c,    z = max(y, tau_c)
+
+    with the mean over the positions of an example and channel. Nothing depends on the batch. The threshold takes the
+    place of the activation. The authors warm the learning rate up, linearly over the first epochs. On inputs without
+    positions, such as behind global pooling, only signs are left; do not use it there.
+
+    Args:
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        epsilon: Float, where `learned_epsilon` starts. Defaults to 1e-5.
+        learn_epsilon: If False, `epsilon` stays as it is. Defaults to True.
+        nonlinearity: If False, there is no threshold. Defaults to True.
+        tau_initializer: Initializer of `tau`. Defaults to zeros, so that the layer starts with a relu.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        tau: Weight of shape ``(channels,)``, or None without nonlinearity.
+        learned_epsilon: Weight of shape ``()``, trainable unless `learn_epsilon` is False.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
+            integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import FilterResponseNormalization
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3), FilterResponseNormalization()])
+    >>> model.output_shape
+    (None, 6, 6, 16)
+
+    Reference:
+
+    - [Singh and Krishnan, 2020](https://arxiv.org/abs/1911.09737)
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        epsilon: float = 1e-5,
+        *,
+        learn_epsilon: bool = True,
+        nonlinearity: bool = True,
+        tau_initializer="zeros",
+        **kwargs,
+    ):
+        super().__init__(axis=axis, **kwargs)
+        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.learn_epsilon = bool(learn_epsilon)
+        self.nonlinearity = bool(nonlinearity)
+        self.tau_initializer = keras.initializers.get(tau_initializer)
+        self.learned_epsilon = None
+        self.tau = None
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.learned_epsilon = self.add_weight(
+            shape=(),
+            name="learned_epsilon",
+            initializer=keras.initializers.Constant(self.epsilon),
+            trainable=self.learn_epsilon,
+            autocast=False,
+        )
+        if self.nonlinearity:
+            channels = input_shape[self._channel_axis(input_shape)]
+            self.tau = self.add_weight(shape=(channels,), name="tau", initializer=self.tau_initializer, autocast=False)
+
+    def call(self, inputs):
+        self._check_dtype(inputs)
+        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
+        x = ops.cast(inputs, dtype)
+        axis = self._channel_axis(x.shape)
+        gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(dtype))
+        power = position_sums(ops.square(x), axis) / group_size(x, x.shape[axis], axis)
+        factor = ops.rsqrt(power + ops.abs(ops.cast(self.learned_epsilon, dtype)))
+        outputs = kernels.affine(x, factor if gamma is None else factor * gamma, beta)
+        if self.tau is not None:
+            outputs = ops.maximum(outputs, broadcast(ops.cast(self.tau, dtype), x, axis))
+        return ops.cast(outputs, self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "epsilon": self.epsilon,
+            "learn_epsilon": self.learn_epsilon,
+            "nonlinearity": self.nonlinearity,
+            "tau_initializer": keras.initializers.serialize(self.tau_initializer),
+        }

@@ -1,0 +1,193 @@
+"""Ghost batch normalization, with everything of "Four Things Everyone Should Know to Improve Batch Normalization"."""
+
+from typing import Any
+
+import keras
+
+from keras_proxynorm import kernels
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.baselines.moving_statistics import as_fraction
+from keras_proxynorm.kernels.batch_statistics import Moments
+from keras_proxynorm.kernels.batch_statistics import channel_moments
+from keras_proxynorm.kernels.batch_statistics import merge
+from keras_proxynorm.kernels.batch_statistics import mix
+from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.layers.base import as_integer
+
+__all__ = ["GhostBatchNormalization", "L2TowardOne"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class GhostBatchNormalization(MovingStatisticsLayer):
+    """Batch normalization by the statistics of small parts of the batch, of groups of channels, and of the example.
+
+    The four things of the paper:
+
+    - *Ghost batches*: in training the statistics are those of `examples_per_group` consecutive examples. Shuffle.
+    - *Batch and group normalization in one*: with `channel_groups` they are shared by the channels of a group, too,
+      for batches that are too small for statistics of a channel. ``examples_per_group=1`` is group normalization.
+    - *Example weighing at inference*: each example has a weight in its own statistics in training and none at
+      inference, where they are the moving averages. `inference_example_weight` gives it one: the raw moments
+      ``E[x]`` and ``E[x^2]`` are ``(1 - weight)`` times those of the moving averages and ``weight`` times those of the
+      example. It can be set on a trained model; `choose_inference_example_weight` does, by validation data. The weight
+      that the example has in training is 1 / `examples_per_group`.
+    - *Weight decay of scale and offset*: ``beta_regularizer="l2"`` and ``gamma_regularizer=L2TowardOne(...)``.
+
+    The moving average is one of raw moments over whole batches, so that the variance at inference includes the variance
+    between ghost batches. It is kept as a mean and a variance, which mean what those of
+    `keras.layers.BatchNormalization` mean.
+
+    Args:
+        examples_per_group: Positive integer, how many consecutive examples share their statistics. If it does not
+            divide the batch, the last group has those that are left. None for the whole batch. Defaults to 16.
+        channel_groups: Integer that divides the number of channels: the number of groups of channels that share their
+            statistics. Defaults to None, one for each channel.
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.99.
+        epsilon: Float, added to the variance. Defaults to 1e-5.
+        inference_example_weight: Float from 0 to 1, the weight of the example at inference. 1 is instance
+            normalization, or, with `channel_groups`, group normalization. Defaults to 0.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        moving_mean: Weight of shape ``(channels,)``.
+        moving_variance: Weight of shape ``(channels,)``.
+        inference_example_weight: Can be set. It takes effect at the next call or tracing: of a model that has predicted
+            already, after ``model.compile`` or `choose_inference_example_weight`.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
+        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for groups that do not divide the channels and an axis
+            that is out of range when it is built; for integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import GhostBatchNormalization, L2TowardOne
+    >>> layer = GhostBatchNormalization(8, gamma_regularizer=L2TowardOne(5e-5), beta_regularizer="l2")
+    >>> tuple(layer(keras.ops.ones((32, 4, 4, 16)), training=True).shape)
+    (32, 4, 4, 16)
+
+    Reference:
+
+    - [Summers and Dinneen, 2020](https://arxiv.org/abs/1906.03548)
+    - [Hoffer et al., 2017](https://arxiv.org/abs/1705.08741), ghost batches
+    """
+
+    def __init__(
+        self,
+        examples_per_group: int | None = 16,
+        channel_groups: int | None = None,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        *,
+        inference_example_weight: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(momentum, epsilon, axis=axis, **kwargs)
+        self.examples_per_group = _positive_or_none("examples_per_group", examples_per_group)
+        self.channel_groups = _positive_or_none("channel_groups", channel_groups)
+        # Not by the property: on PyTorch a layer is a Module, and Modules are assigned past properties.
+        self._inference_example_weight = as_fraction("inference_example_weight", inference_example_weight)
+
+    @property
+    def inference_example_weight(self) -> float:
+        """The weight that an example has in its own statistics at inference."""
+        return self._inference_example_weight
+
+    @inference_example_weight.setter
+    def inference_example_weight(self, value: float):
+        self._inference_example_weight = as_fraction("inference_example_weight", value)
+
+    def _check_channels(self, input_shape, channels):
+        if self.channel_groups is not None and channels % self.channel_groups:
+            raise ValueError(
+                f"Argument `channel_groups` must divide the number of channels, {channels}. "
+                f"Received: channel_groups={self.channel_groups}, inputs.shape={tuple(input_shape)}"
+            )
+
+    def _normalize_batch(self, x, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        of_channels = channel_moments(x, axis)
+        # A weighted average of raw moments is the mixture of the two.
+        moved = mix(Moments.of_vectors(*self._moving(x.dtype)), merge(of_channels), 1.0 - self.momentum)
+        self.moving_mean.assign(moved.mean[0])
+        self.moving_variance.assign(moved.variance[0])
+        return self._normalize(x, merge(of_channels, self.channel_groups, self.examples_per_group), gamma, beta)
+
+    def _normalize_moving(self, x, gamma, beta):
+        moments = merge(Moments.of_vectors(*self._moving(x.dtype)), self.channel_groups)
+        weight = self.inference_example_weight
+        if weight:
+            of_example = merge(channel_moments(x, self._channel_axis(x.shape)), self.channel_groups, examples=1)
+            moments = of_example if weight == 1 else mix(moments, of_example, weight)
+        return self._normalize(x, moments, gamma, beta)
+
+    def _normalize(self, x, moments, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        gamma, beta = broadcast(gamma, x, axis), broadcast(beta, x, axis)
+        return kernels.normalize(x, *moments.over(x, axis), gamma, beta, self.epsilon)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "examples_per_group": self.examples_per_group,
+            "channel_groups": self.channel_groups,
+            "inference_example_weight": self.inference_example_weight,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class L2TowardOne(keras.regularizers.Regularizer):
+    """The penalty ``l2 * sum((x - 1) ** 2)``, for scales, whose neutral value is 1.
+
+    As in `keras.regularizers.L2` there is no factor 1/2: a weight decay of `wd` is ``l2 = wd / 2``. The paper says that
+    it decays scales; its code decays them towards one, which is what this does.
+
+    Args:
+        l2: Float, not negative.
+
+    Raises:
+        ValueError: If `l2` is not such a number.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import L2TowardOne
+    >>> float(L2TowardOne(0.5)(keras.ops.array([1.0, 3.0])))
+    2.0
+
+    Reference:
+
+    - [Summers and Dinneen, 2020](https://arxiv.org/abs/1906.03548)
+    """
+
+    def __init__(self, l2: float = 0.01):
+        self.l2 = as_epsilon("l2", l2)
+
+    def __call__(self, x):
+        return self.l2 * keras.ops.sum(keras.ops.square(x - 1.0))
+
+    def get_config(self):
+        return {"l2": self.l2}
+
+
+def _positive_or_none(name, value):
+    expected = "a positive integer or None"
+    if value is None:
+        return None
+    value = as_integer(name, value, expected)
+    if value < 1:
+        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value}")
+    return value

@@ -1,0 +1,128 @@
+"""Instance enhancement batch normalization: batch norm whose scale each example sets for itself."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.kernels.batch_statistics import Moments
+from keras_proxynorm.kernels.batch_statistics import batch_count
+from keras_proxynorm.kernels.batch_statistics import channel_moments
+from keras_proxynorm.kernels.batch_statistics import merge
+from keras_proxynorm.kernels.batch_statistics import spread
+from keras_proxynorm.kernels.batch_statistics import unbiased
+from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.layers.base import InitializerLike
+
+__all__ = ["InstanceEnhancementBatchNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
+    """Batch normalization whose scale is gated by the mean of the example's own channel (IEBN).
+
+    With the batch-normalized input ``y`` and the mean ``m`` over the positions of an example ``n`` and channel ``c``,
+
+        z = gamma_c sigmoid(gate_gamma_c m_nc + gate_beta_c) y + beta_c
+
+    The gate reads the input itself, before normalization, in training and at inference, so that the layer can't be
+    folded into the convolution in front. At the start each gate is ``sigmoid(-1) = .269``, which is as in the authors'
+    code and not neutral: do not start with a `gamma` of 0 on top.
+
+    Args:
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.9.
+        epsilon: Float, added to the variance. Defaults to 1e-5.
+        gate_gamma_initializer: Initializer of `gate_gamma`. Defaults to zeros.
+        gate_beta_initializer: Initializer of `gate_beta`. Defaults to the constant -1.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        gate_gamma: Weight of shape ``(channels,)``.
+        gate_beta: Weight of shape ``(channels,)``.
+        moving_mean: Weight of shape ``(channels,)``.
+        moving_variance: Weight of shape ``(channels,)``, of unbiased variances, as in the authors' code.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
+        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics and gates are float32 at least.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
+            integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import InstanceEnhancementBatchNormalization
+    >>> layer = InstanceEnhancementBatchNormalization()
+    >>> tuple(layer(keras.ops.ones((32, 4, 4, 16)), training=True).shape)
+    (32, 4, 4, 16)
+
+    Reference:
+
+    - [Liang et al., 2020](https://arxiv.org/abs/1908.04008)
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        *,
+        gate_gamma_initializer: InitializerLike = "zeros",
+        gate_beta_initializer: InitializerLike | None = None,
+        **kwargs,
+    ):
+        super().__init__(momentum, epsilon, axis=axis, **kwargs)
+        self.gate_gamma_initializer = keras.initializers.get(gate_gamma_initializer)
+        self.gate_beta_initializer = keras.initializers.get(gate_beta_initializer or keras.initializers.Constant(-1.0))
+        self.gate_gamma = None
+        self.gate_beta = None
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        channels = input_shape[self._channel_axis(input_shape)]
+        self.gate_gamma, self.gate_beta = (
+            self.add_weight(shape=(channels,), name=name, initializer=initializer, autocast=False)
+            for name, initializer in (
+                ("gate_gamma", self.gate_gamma_initializer),
+                ("gate_beta", self.gate_beta_initializer),
+            )
+        )
+
+    def _normalize_batch(self, x, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        of_channels = channel_moments(x, axis)
+        moments = merge(of_channels)
+        self._move(moments.mean[0], unbiased(moments.variance, batch_count(x, axis))[0])
+        return self._normalize(x, moments, of_channels.mean, gamma, beta)
+
+    def _normalize_moving(self, x, gamma, beta):
+        moments = Moments.of_vectors(*self._moving(x.dtype))
+        return self._normalize(x, moments, channel_moments(x, self._channel_axis(x.shape)).mean, gamma, beta)
+
+    def _normalize(self, x, moments, means, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        gate_gamma, gate_beta = (ops.cast(weight, x.dtype) for weight in (self.gate_gamma, self.gate_beta))
+        scale = ops.sigmoid(gate_gamma * means + gate_beta)
+        if gamma is not None:
+            scale = scale * gamma
+        return kernels.normalize(
+            x, *moments.over(x, axis), spread(scale, x, axis), broadcast(beta, x, axis), self.epsilon
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "gate_gamma_initializer": keras.initializers.serialize(self.gate_gamma_initializer),
+            "gate_beta_initializer": keras.initializers.serialize(self.gate_beta_initializer),
+        }

@@ -1,0 +1,89 @@
+"""What the methods share that take statistics of the batch in training, and their moving averages at inference."""
+
+import numbers
+from typing import Any
+
+from keras import ops
+
+from keras_proxynorm.layers.base import NormalizationLayer
+from keras_proxynorm.layers.base import as_epsilon
+from keras_proxynorm.moments import computation_dtype
+
+__all__ = ["MovingStatisticsLayer", "as_fraction"]
+
+
+class MovingStatisticsLayer(NormalizationLayer):
+    """A normalization by statistics of the batch in training and by their moving averages at inference.
+
+    Not meant to be used directly; subclasses say in `_normalize_batch` and `_normalize_moving` what they compute. A
+    layer that is frozen, by ``trainable = False``, uses the moving averages, as `keras.layers.BatchNormalization` does.
+    """
+
+    moves_mean = True
+
+    def __init__(self, momentum: float, epsilon: float, **kwargs):
+        super().__init__(**kwargs)
+        self.momentum = as_fraction("momentum", momentum)
+        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.moving_mean = None
+        self.moving_variance = None
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        size = self._statistics_size(input_shape)
+        if self.moves_mean:
+            self.moving_mean = self._add_moving("moving_mean", size, "zeros")
+        self.moving_variance = self._add_moving("moving_variance", size, "ones")
+
+    def _statistics_size(self, input_shape) -> int:
+        """How many means and variances there are; here one for each channel."""
+        return input_shape[self._channel_axis(input_shape)]
+
+    def _add_moving(self, name, size, initializer):
+        # Each replica has its own batch; the average belongs to all of them.
+        return self.add_weight(
+            shape=(size,), name=name, initializer=initializer, trainable=False, autocast=False, aggregation="mean"
+        )
+
+    def call(self, inputs, training=None):
+        self._check_dtype(inputs)
+        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
+        normalize = self._normalize_batch if training and self.trainable else self._normalize_moving
+        return ops.cast(normalize(ops.cast(inputs, dtype), *self._affine(dtype)), self.compute_dtype)
+
+    def _normalize_batch(self, x, gamma, beta):
+        """The layer in training; it updates the moving averages.
+
+        Args:
+            x: The inputs, float32 or float64.
+            gamma: Tensor of shape ``(channels,)`` or None.
+            beta: Tensor of shape ``(channels,)`` or None.
+        """
+        raise NotImplementedError
+
+    def _normalize_moving(self, x, gamma, beta):
+        """The layer at inference."""
+        raise NotImplementedError
+
+    def _moving(self, dtype):
+        """The moving mean, or None, and variance, in the dtype of a computation."""
+        mean = None if self.moving_mean is None else ops.cast(self.moving_mean, dtype)
+        return mean, ops.cast(self.moving_variance, dtype)
+
+    def _move(self, mean, variance):
+        """Moves the averages towards statistics of a batch."""
+        for weight, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            if weight is not None:
+                # float32 also where variables are half precision: small steps would be rounded away.
+                old = ops.cast(weight, value.dtype)
+                weight.assign(old + (1.0 - self.momentum) * (value - old))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+def as_fraction(name: str, value) -> float:
+    """`value` as a Python float from 0 to 1, or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"Argument `{name}` must be a number from 0 to 1. Received: {name}={value!r}")
+    return float(value)

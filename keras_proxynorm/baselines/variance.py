@@ -1,0 +1,75 @@
+"""Variance normalization: batch normalization that does not subtract the mean."""
+
+import keras
+from keras import ops
+
+from keras_proxynorm import kernels
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.kernels.batch_statistics import channel_moments
+from keras_proxynorm.kernels.batch_statistics import merge
+from keras_proxynorm.kernels.channels import broadcast
+
+__all__ = ["VarianceNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class VarianceNormalization(MovingStatisticsLayer):
+    """Division by the standard deviation over the batch, about the mean, which is not subtracted.
+
+        z = gamma_c x / sqrt(var_c + epsilon) + beta_c
+
+    Args:
+        axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
+        momentum: Float, the share of the moving average that stays in each step. Defaults to 0.9.
+        epsilon: Float, added to the variance. Defaults to 1e-5.
+        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
+            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        gamma: Weight of shape ``(channels,)``, or None.
+        beta: Weight of shape ``(channels,)``, or None.
+        moving_variance: Weight of shape ``(channels,)``.
+
+    Call arguments:
+        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
+        training: Whether to use the variance of the batch and to move the average. A frozen layer does not.
+
+    Output:
+        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
+
+    Raises:
+        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
+            integer inputs when it is called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_proxynorm.baselines import VarianceNormalization
+    >>> layer = VarianceNormalization()
+    >>> tuple(layer(keras.ops.ones((32, 4, 4, 16)), training=True).shape)
+    (32, 4, 4, 16)
+
+    Reference:
+
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956)
+    """
+
+    moves_mean = False
+
+    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs):
+        super().__init__(momentum, epsilon, axis=axis, **kwargs)
+
+    def _normalize_batch(self, x, gamma, beta):
+        variance = merge(channel_moments(x, self._channel_axis(x.shape))).variance[0]
+        self._move(None, variance)
+        return self._normalize(x, variance, gamma, beta)
+
+    def _normalize_moving(self, x, gamma, beta):
+        return self._normalize(x, self._moving(x.dtype)[1], gamma, beta)
+
+    def _normalize(self, x, variance, gamma, beta):
+        axis = self._channel_axis(x.shape)
+        factor = ops.rsqrt(variance + self.epsilon)
+        if gamma is not None:
+            factor = factor * gamma
+        return kernels.affine(x, broadcast(factor, x, axis), broadcast(beta, x, axis))
