@@ -190,7 +190,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         """Pivot, distance and variance of the window, as vectors, with the state moved on by an iteration."""
         pivot, distance, variance = self._batch_moments(x)
         mean = pivot + distance
-        count = ops.cast(ops.shape(x)[0] * group_size(x, self.channels, self.axis % len(x.shape)), x.dtype)
+        count = ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, self.channels, self.axis % len(x.shape))
         self._move(self.moving_mean, mean)
         self._move(self.moving_variance, variance * (count / ops.maximum(count - 1, 1)))
         if self.window > 1:
