@@ -134,7 +134,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         self.moving_mean = None
         self.moving_variance = None
         self.iterations = None
-        self._history = []
+        self._history: list[keras.Variable] = []
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -27,18 +27,30 @@ class KernelNormalization(NormalizationLayer):
     kinds: tuple[str, ...] = _KINDS
 
     def __init__(self, layer: keras.layers.Layer, **kwargs):
-        if not isinstance(layer, _classes(self.kinds)):
-            raise ValueError(f"Argument `layer` must be a layer of the kind {', '.join(self.kinds)}. Received: {layer}")
-        if layer.use_bias or layer.activation is not keras.activations.linear or getattr(layer, "lora_rank", None):
+        unfit = self.why_unfit(layer)
+        if unfit is not None:
             raise ValueError(
-                "Argument `layer` must be a layer with use_bias=False, without activation and without low-rank "
-                f"adaptation: the offset is `beta`, of {type(self).__name__}, and activations come behind it. "
-                f"Received: layer={layer!r} with use_bias={layer.use_bias}, activation={layer.activation!r}, "
-                f"lora_rank={getattr(layer, 'lora_rank', None)}"
+                f"Argument `layer` must be a layer of the kind {', '.join(self.kinds)}. Received: layer={layer!r}, "
+                f"{unfit}"
+            )
+        if layer.use_bias or layer.activation is not keras.activations.linear:
+            raise ValueError(
+                "Argument `layer` must be a layer with use_bias=False and without activation: the offset is `beta`, of "
+                f"{type(self).__name__}, and the activation comes behind it. Received: layer={layer!r} with "
+                f"use_bias={layer.use_bias}, activation={layer.activation!r}"
             )
         axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
         super().__init__(axis=axis, **kwargs)
         self.layer = layer
+
+    @classmethod
+    def why_unfit(cls, layer: keras.layers.Layer) -> str | None:
+        """Why a layer, were it without bias and activation, cannot be contained; None if it can."""
+        if type(layer) not in _classes(cls.kinds):
+            return f"which is a {type(layer).__name__}"
+        if getattr(layer, "lora_rank", None) or getattr(layer, "quantization_mode", None):
+            return "whose kernel is quantized or adapted"
+        return None
 
     @property
     def is_depthwise(self) -> bool:

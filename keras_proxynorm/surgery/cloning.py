@@ -162,6 +162,8 @@ class Cloner(ModelCloner):
     def _sequential_layers(self, model, graph):
         layers: list = []
         for source in model.layers:
+            if id(source) in self._plan.contained:
+                continue
             (call,) = graph.calls_of(source)
             decision = self._plan.absorbing(graph, call)
             clone = self.clone(source)
@@ -173,6 +175,9 @@ class Cloner(ModelCloner):
 
     def _call(self, clone, *args, **kwargs):
         source = self._sources[id(clone)]
+        if id(source) in self._plan.contained:
+            # The layer behind it does what it did, too.
+            return args[0]
         for tensor in keras.tree.flatten((args, kwargs)):
             if id(tensor) in self._in_front:
                 decision = self._in_front[id(tensor)][1]

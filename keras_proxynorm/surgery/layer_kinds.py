@@ -5,6 +5,7 @@ import keras
 __all__ = [
     "CONVOLUTIONS",
     "DEPTHWISE",
+    "LINEAR",
     "NORMALIZATIONS",
     "SEPARABLE",
     "absorbs_offset",
@@ -29,6 +30,8 @@ NORMALIZATIONS = _classes("BatchNormalization", "GroupNormalization", "LayerNorm
 CONVOLUTIONS = _classes_of_each_dimension("Conv")
 DEPTHWISE = _classes("DepthwiseConv1D", "DepthwiseConv2D")
 SEPARABLE = _classes("SeparableConv1D", "SeparableConv2D")
+# Those with one kernel, which maps input channels to output channels.
+LINEAR = (*_classes("Dense"), *CONVOLUTIONS, *DEPTHWISE)
 
 # Poolings of windows that reach over the border leave the padding out, and the weights of an interpolation sum to 1.
 _AFFINE = _classes("Dropout", "Identity") + _classes_of_each_dimension(
@@ -42,12 +45,11 @@ _OFFSET = (
     *_ZERO_PADDING,
 )
 _OFFSET_OPERATIONS = ("Add", "Concatenate", "GetItem", "Mean", "Multiply", "Reshape", "Subtract", "Transpose")
-_LINEAR = (
+_AFFINE_OPERATIONS = (
     *NORMALIZATIONS,
-    *CONVOLUTIONS,
-    *DEPTHWISE,
+    *LINEAR,
     *SEPARABLE,
-    *_classes("Dense", "EinsumDense"),
+    *_classes("EinsumDense"),
     *_classes("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
 )
 
@@ -75,4 +77,4 @@ def passes_offset(operation: keras.Operation) -> bool:
 
 def absorbs_offset(operation: keras.Operation) -> bool:
     """Whether it has an offset of its own, or was made to do without, so that none is needed in front of it."""
-    return isinstance(operation, _LINEAR)
+    return isinstance(operation, _AFFINE_OPERATIONS)

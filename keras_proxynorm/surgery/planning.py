@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import keras
 
+from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.surgery.activation_nodes import activation_of
 from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.activation_nodes import looks_like_activation
@@ -15,9 +16,13 @@ from keras_proxynorm.surgery.activation_nodes import same_activation
 from keras_proxynorm.surgery.graph import Call
 from keras_proxynorm.surgery.graph import Graph
 from keras_proxynorm.surgery.graph import nested_model
+from keras_proxynorm.surgery.layer_kinds import LINEAR
 from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
 from keras_proxynorm.surgery.layer_kinds import absorbs_offset
+from keras_proxynorm.surgery.layer_kinds import data_axis
 from keras_proxynorm.surgery.layer_kinds import passes_offset
+from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
+from keras_proxynorm.surgery.targets import Target
 
 __all__ = ["Decision", "Plan", "channel_axis", "make_plan"]
 
@@ -40,6 +45,7 @@ class Decision:
         name: The name of the layer with the activation.
         activation_follows: Whether an activation, or something unknown, comes later; for a layer without activation.
         reason: Why it is left alone, or why the activation behind it is not contained in it.
+        linear: The linear layer in front of it that is contained in the new layer, too, and vanishes; or None.
     """
 
     layer: keras.layers.Layer
@@ -51,6 +57,7 @@ class Decision:
     name: str | None = None
     activation_follows: bool = True
     reason: str | None = None
+    linear: keras.layers.Layer | None = None
 
     @property
     def is_replaced(self) -> bool:
@@ -83,6 +90,7 @@ class Plan:
         vanishing: The decisions by the `id`s of the activations that they absorb, of those that are applied to nothing
             else.
         hidden: By the paths of layers with batch statistics inside, where no graph leads: of how many normalizations.
+        contained: The linear layers that become part of the layer behind them, by their `id`.
     """
 
     graphs: tuple[Graph, ...]
@@ -90,6 +98,10 @@ class Plan:
     calls: collections.Counter
     vanishing: dict[int, Decision]
     hidden: dict[str, int]
+
+    @property
+    def contained(self) -> dict[int, keras.layers.Layer]:
+        return {id(d.linear): d.linear for d in self.decisions.values() if d.linear is not None}
 
     def absorbing(self, graph: Graph, call: Call) -> Decision | None:
         """The decision by which the activation that this call applies is contained in a normalization."""
@@ -120,13 +132,13 @@ def channel_axis(layer: keras.layers.Layer) -> int:
     return layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
 
 
-def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], bool], fuses: bool) -> Plan:
+def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], bool], target: Target) -> Plan:
     """Decides about every normalization layer in `graphs`.
 
     Args:
         graphs: From `read_graphs`.
         selects: Whether a normalization layer, given its path and itself, is to be replaced.
-        fuses: Whether the new layers can contain an activation.
+        target: What the new layers are made by, and what they can contain.
 
     Returns:
         A `Plan`.
@@ -138,11 +150,11 @@ def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], 
         for call in graph.calls:
             if isinstance(call.operation, NORMALIZATIONS):
                 uses[id(call.operation)].append((graph, call))
-            elif nested_model(call.operation) is None and isinstance(call.operation, keras.layers.Layer):
+            elif _may_hide(call.operation):
                 names = [variable.name for variable in call.operation.variables]
                 if "moving_variance" in names:
                     hidden[graph.path + call.operation.name] = names.count("moving_variance")
-    decisions = {key: _decide(used, calls, selects, fuses) for key, used in uses.items()}
+    decisions = {key: _decide(used, calls, selects, target) for key, used in uses.items()}
     absorbed = [
         (call.operation, _absorbing(decisions, graph, call))
         for graph in graphs
@@ -156,6 +168,12 @@ def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], 
     return Plan(tuple(graphs), decisions, calls, vanishing, hidden)
 
 
+def _may_hide(operation):
+    is_layer = isinstance(operation, keras.layers.Layer) and nested_model(operation) is None
+    # Ours have moving statistics of their own.
+    return is_layer and not isinstance(operation, NormalizationLayer)
+
+
 def _absorbing(decisions, graph, call) -> Decision | None:
     for tensor in call.inputs:
         decision = decisions.get(id(graph.operation(tensor)))
@@ -164,7 +182,7 @@ def _absorbing(decisions, graph, call) -> Decision | None:
     return None
 
 
-def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
+def _decide(used: list[tuple[Graph, Call]], calls, selects, target: Target) -> Decision:
     graph, call = used[0]
     layer = call.operation
     path = graph.path + layer.name
@@ -172,6 +190,12 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
     reason = _why_left_alone(path, used, selects)
     if reason is not None:
         return Decision(layer, path, LEFT, reason=reason)
+    linear = None
+    if target.contains_linear:
+        linear = graph.operation(call.inputs[0])
+        reason = _why_not_contained(used, linear, calls) or target.why_unfit(linear)
+        if reason is not None:
+            return Decision(layer, path, LEFT, reason=f"behind {linear.name}, {reason}")
     channels = graph.shapes[call.inputs[0]][channel_axis(layer)]
 
     readers = [
@@ -181,7 +205,9 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
     ]
     activated = [reader for reader in readers if reader.activation is not None]
     mixed = len(activated) < len(readers) or any(call.output in graph.outputs for graph, call in used)
-    reason = _why_not_fused(layer, readers, activated, fuses)
+    reason = _why_not_fused(layer, readers, activated, target.fuses)
+    if activated and mixed and linear is not None:
+        reason = reason or "its output is read without activation, too"
     if activated and reason is None and (is_batch_norm or not mixed):
         return Decision(
             layer,
@@ -191,13 +217,34 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, fuses) -> Decision:
             activation=activated[0].activation,
             absorbed=tuple({id(reader.operation): reader.operation for reader in activated}.values()),
             name=_name(layer, activated, calls, [graph for graph, _ in used], mixed),
+            linear=linear,
         )
-    if fuses and not is_batch_norm:
+    if target.fuses and not is_batch_norm:
         return Decision(
             layer, path, LEFT, reason=reason or f"{type(layer).__name__} that does not feed one activation alone"
         )
     follows = any(_activation_follows(graph, call.output) for graph, call in used)
-    return Decision(layer, path, PLAIN, channels, activation_follows=follows, reason=reason)
+    return Decision(layer, path, PLAIN, channels, activation_follows=follows, reason=reason, linear=linear)
+
+
+def _why_not_contained(used, linear, calls):
+    """Why the operation in front of a normalization cannot become one layer with it; None if it can."""
+    graph, call = used[0]
+    (tensor, *_) = call.inputs
+    if not isinstance(linear, LINEAR):
+        return "which is not a linear layer with a kernel"
+    if len(used) > 1 or calls[id(linear)] > 1:
+        return "which is called several times"
+    if len(graph.consumers(tensor)) > 1 or tensor in graph.outputs:
+        return "which is read by others, too"
+    if linear.activation is not keras.activations.linear:
+        return f"which has the activation {describe_activation(linear.activation)}"
+    rank = len(graph.shapes[tensor])
+    if data_axis(linear, rank) != channel_axis(used[0][1].operation) % rank:
+        return "which has another channel axis"
+    if linear.activity_regularizer is not None:
+        return "which has an activity_regularizer"
+    return why_weights_are_fixed(linear)
 
 
 def _why_left_alone(path, used, selects):

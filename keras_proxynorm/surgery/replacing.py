@@ -135,12 +135,14 @@ def replace_normalization(
     copies = weights == "copy"
     target = Target(to, layer_kwargs)
     graphs = read_graphs(model)
-    plan = make_plan(graphs, selector(layers, graphs), target.fuses)
+    plan = make_plan(graphs, selector(layers, graphs), target)
 
     def make(decision: Decision, with_activation: bool):
         own_groups = getattr(decision.layer, "groups", None)
         arguments = _arguments(decision, with_activation, center, copies)
         arguments["groups"] = own_groups or choose_groups(decision.channels, groups, min_channels_per_group)
+        if decision.linear is not None:
+            arguments["layer"] = cloner.clone(decision.linear)
         layer = target.make(arguments)
         layer.activity_regularizer = _activity_regularizer(decision, with_activation)
         return layer
@@ -152,12 +154,14 @@ def replace_normalization(
         compensations, uncompensated = find_compensations(plan, lambda layer: cloner.activated[id(layer)])
     # Layers that have no bias get one. What a layer says about the bias that it has not was never meant to act.
     bias = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
-    biased = {id(x.layer): bias for x in compensations if not x.layer.use_bias}
-    cloner = Cloner(plan, make, biased)
+    changed = {id(x.layer): bias for x in compensations if not x.layer.use_bias}
+    # The offset of the layer that contains them is its own.
+    changed |= {key: {"use_bias": False} for key in plan.contained}
+    cloner = Cloner(plan, make, changed)
     new_model = cloner.clone(model)
 
     notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan)]
-    notes += _carry(plan, cloner, set(biased), copies)
+    notes += _carry(plan, cloner, set(changed), copies)
     for compensation in compensations:
         compensate_in(cloner.clone(compensation.layer), compensation)
     notes += _late_regularizers(cloner)
@@ -191,6 +195,7 @@ def _positive(name, value):
 
 _CARRIED_ARGUMENTS = [
     "epsilon",
+    "momentum",
     "scale",
     *(f"{weight}_{kind}" for weight in ("beta", "gamma") for kind in ("initializer", "regularizer", "constraint")),
 ]
@@ -203,7 +208,7 @@ def _arguments(decision, with_activation, center, copies):
     if center is None:
         center = layer.center and (copies or decision.activation_follows)
     return {
-        **{key: config[key] for key in _CARRIED_ARGUMENTS},
+        **{key: config[key] for key in _CARRIED_ARGUMENTS if key in config},
         "axis": channel_axis(layer),
         "center": layer.center if with_activation else center,
         "channels": decision.channels,
@@ -235,7 +240,7 @@ def _check_compensate(compensate, copies, target, plan: Plan, make):
         )
 
 
-def _carry(plan: Plan, cloner: Cloner, biased: set[int], copies: bool):
+def _carry(plan: Plan, cloner: Cloner, changed: set[int], copies: bool):
     """Carries the state of all layers over; yields what did not come through."""
     graph_models = {id(graph.model): graph.functional for graph in plan.graphs}
     # Backwards, because a model is cloned after the layers inside it, and freezing it would freeze them all.
@@ -248,8 +253,11 @@ def _carry(plan: Plan, cloner: Cloner, biased: set[int], copies: bool):
                 yield f"The weights that model '{source.name}' has outside its graph did not come through."
         elif decision is not None and decision.is_replaced:
             for layer in cloner.replacements(source):
-                carry_by_name(source, layer, copies)
-        elif id(source) in biased:
+                carried = carry_by_name(source, layer, copies)
+                if "moving_mean" in carried and decision.linear is not None and decision.linear.use_bias:
+                    # Of the outputs without the bias.
+                    layer.moving_mean.assign(layer.moving_mean - keras.ops.convert_to_tensor(decision.linear.bias))
+        elif id(source) in changed:
             carry_by_name(source, clone, copies)
         elif isinstance(source, keras.layers.Layer) and id(source) not in plan.vanishing:
             carry_state(source, clone, copies)
@@ -321,6 +329,7 @@ def _layer_report(decision: Decision, cloner: Cloner, copies: bool):
         absorbed=tuple(operation.name for operation in decision.absorbed),
         channels=decision.channels,
         groups=getattr(replacements[0], "groups", None),
+        linear=decision.linear and decision.linear.name,
         center=getattr(replacements[-1], "center", None),
         weights=tuple(weight.name for weight in source.weights if weight.name in weights),
     )

@@ -38,6 +38,7 @@ class LayerReport:
         absorbed: The names of the activations that vanished.
         channels: The number of channels, or None if it was left alone.
         groups: The number of groups of channels, or None if the replacement has none.
+        linear: The name of the linear layer in front that is now contained in the replacement, or None.
         center: Whether the replacement has an offset, or None if it was left alone.
         frozen: Whether its weights are frozen, as they were.
         weights: The names of the weights that were carried over.
@@ -52,6 +53,7 @@ class LayerReport:
     absorbed: tuple[str, ...] = ()
     channels: int | None = None
     groups: int | None = None
+    linear: str | None = None
     center: bool | None = None
     frozen: bool = False
     weights: tuple[str, ...] = ()
@@ -116,6 +118,7 @@ class ReplacementReport:
             became = f"{layer.action}: {' and '.join(layer.names)}" if layer.names else layer.action
             notes = [
                 layer.layer if layer.layer != "BatchNormalization" else "",
+                f"with {layer.linear}" if layer.linear else "",
                 f"with {layer.activation}" if layer.activation else "",
                 f"also {', '.join(layer.absorbed[1:])}" if layer.absorbed[1:] else "",
                 "without offset" if layer.center is False else "",

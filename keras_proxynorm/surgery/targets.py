@@ -6,20 +6,63 @@ from collections.abc import Callable
 
 import keras
 
+from keras_proxynorm import baselines
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
+from keras_proxynorm.layers.base import NormalizationLayer
 
 __all__ = ["TARGETS", "Target", "choose_groups"]
+
+
+def _with_own_nonlinearity(layer_class):
+    """A factory of layers that have a nonlinearity of their own in the place of the model's activation."""
+
+    def make(*, activation, **kwargs):
+        return layer_class(nonlinearity=activation is not None, **kwargs)
+
+    parameters = [p for p in _parameters(layer_class) if p.name != "nonlinearity"]
+    activation = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind != p.VAR_KEYWORD]
+    variable = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    make.__signature__ = inspect.Signature([*parameters, activation, variable])  # type: ignore[attr-defined]
+    return make
+
+
+def _parameters(factory):
+    """The parameters of a factory. Our layers hand what they do not name on to the class they are derived from."""
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except ValueError as error:  # callables that are not written in Python
+        raise ValueError(f"Argument `to` must be a function with a signature. Received: to={factory!r}") from error
+    if inspect.isclass(factory) and issubclass(factory, NormalizationLayer):
+        named = {parameter.name for parameter in parameters}
+        inherited = list(inspect.signature(NormalizationLayer).parameters.values())
+        parameters = [*(p for p in inherited if p.name not in named and p.kind != p.VAR_KEYWORD), *parameters]
+        # A layer that contains a linear layer has the channel axis of that.
+        parameters = [p for p in parameters if p.name != "axis" or "layer" not in named]
+    return parameters
+
 
 TARGETS: dict[str, Callable[..., keras.layers.Layer]] = {
     "group_norm_proxy": GroupNormProxy,
     "layer_norm_proxy": LayerNormProxy,
     "group_norm": keras.layers.GroupNormalization,
     "layer_norm": functools.partial(keras.layers.GroupNormalization, groups=1),
+    "instance_norm": functools.partial(keras.layers.GroupNormalization, groups=-1),
+    "ghost_batch_norm": baselines.GhostBatchNormalization,
+    "instance_enhancement_batch_norm": baselines.InstanceEnhancementBatchNormalization,
+    "batch_group_norm": baselines.BatchGroupNormalization,
+    "cross_iteration_batch_norm": baselines.CrossIterationBatchNormalization,
+    "variance_norm": baselines.VarianceNormalization,
+    "filter_response_norm": _with_own_nonlinearity(baselines.FilterResponseNormalization),
+    "evonorm_s0": _with_own_nonlinearity(baselines.EvoNormS0),
+    "evonorm_b0": _with_own_nonlinearity(baselines.EvoNormB0),
+    "weight_standardization": baselines.WeightStandardization,
+    "weight_normalization": baselines.WeightNormalization,
 }
 
 
-_DECIDED_BY_THE_MODEL = {"activation", "axis", "channels", "name", "trainable"}
+_DECIDED_BY_THE_MODEL = {"activation", "axis", "channels", "layer", "name", "trainable"}
 
 
 class Target:
@@ -74,8 +117,14 @@ class Target:
         return "activation" in self._named
 
     @property
-    def has_groups(self) -> bool:
-        return "groups" in self._named
+    def contains_linear(self) -> bool:
+        """Whether the layers contain the linear layer in front of the normalization."""
+        return "layer" in self._named
+
+    def why_unfit(self, layer: keras.layers.Layer) -> str | None:
+        """Why a linear layer cannot be contained; None if it can, as far as the factory tells."""
+        why_unfit = getattr(self.factory, "why_unfit", None)
+        return None if why_unfit is None else why_unfit(layer)
 
     def make(self, arguments: dict) -> keras.layers.Layer:
         """Calls the factory with those of `arguments` that it takes."""
@@ -91,13 +140,6 @@ class Target:
                 f"{arguments['name']!r}. Received: to={self.factory!r}, which returned {layer!r}"
             )
         return layer
-
-
-def _parameters(factory):
-    try:
-        return inspect.signature(factory).parameters.values()
-    except ValueError as error:  # callables that are not written in Python
-        raise ValueError(f"Argument `to` must be a function with a signature. Received: to={factory!r}") from error
 
 
 def choose_groups(channels: int, groups: int = 32, min_channels_per_group: int = 4) -> int:

@@ -479,7 +479,8 @@ with strategy.scope():
     layer = CrossIterationBatchNormalization(keras.layers.Conv2D(2, 3, use_bias=False), window=3)
     model = keras.Sequential([keras.Input((5, 5, 2)), layer, keras.layers.Flatten(), keras.layers.Dense(1)])
     model.compile(keras.optimizers.SGD(0.0), "mse")
-x = numpy.random.default_rng(0).standard_normal((16, 5, 5, 2)).astype("float32") * numpy.arange(16)[:, None, None, None]
+x = numpy.random.default_rng(0).standard_normal((16, 5, 5, 2)).astype("float32")
+x = x * numpy.arange(16)[:, None, None, None]
 model.fit(x, numpy.zeros((16, 1)), batch_size=4, shuffle=False, verbose=0)
 assert int(keras.ops.convert_to_numpy(layer.iterations)) == 4
 y = keras.ops.convert_to_numpy(layer.layer(x)).astype("float64")
@@ -489,7 +490,8 @@ local = [keras.ops.convert_to_numpy(value) for value in history.value.values]
 for replica in range(2):
     for age in range(2):
         part = halves[6 - 2 * age + replica]
-        numpy.testing.assert_allclose(local[replica][age], [part.mean((0, 1, 2)), part.var((0, 1, 2))], rtol=1e-4, atol=1e-4)
+        expected = [part.mean((0, 1, 2)), part.var((0, 1, 2))]
+        numpy.testing.assert_allclose(local[replica][age], expected, rtol=1e-4, atol=1e-4)
 numpy.testing.assert_allclose(keras.ops.convert_to_numpy(history), (local[0] + local[1]) / 2, rtol=1e-5)
 path = __import__("sys").argv[1]
 model.save(path)
