@@ -36,6 +36,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,8 +242,11 @@ def find_idx(folder, name):
 
 def read_idx(file):
     """The array in an IDX file of bytes: two zeros, the type, the number of dimensions, the dimensions, the values."""
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        content = stream.read()
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            content = stream.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        sys.exit(f"{file} is not a whole gzip file: {error}")
     dimensions = content[3] if len(content) > 3 else 0
     shape = np.frombuffer(content[4 : 4 + 4 * dimensions], ">i4")
     values = np.frombuffer(content, np.uint8)[4 + 4 * dimensions :]
@@ -256,6 +260,9 @@ IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 def load_fashion_mnist(folder, train_images, test_images):
     parts = [read_idx(find_idx(folder, name)) for name in IDX_FILES]
+    for images, labels in (parts[:2], parts[2:]):
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            sys.exit(f"{folder} has images of shape {images.shape} with labels of shape {labels.shape}.")
     limits = [train_images, train_images, test_images, test_images]
     images, labels, other_images, other_labels = (part[:limit] for part, limit in zip(parts, limits, strict=True))
     return "fashion_mnist", images[..., np.newaxis] / 255, labels, other_images[..., np.newaxis] / 255, other_labels
@@ -445,28 +452,28 @@ def plot(file, rows):
     order = sorted(summary, key=lambda name: -max(summary[name].items())[1][0])
     for i, name in enumerate(order):
         sizes = summary[name]
-        means, stddevs = zip(*sizes.values(), strict=True)
+        means, stddevs = (100 * np.array(values) for values in zip(*sizes.values(), strict=True))
         # Next to each other, so that error bars can be told apart.
-        shift = 2 ** (0.15 * ((i + 0.5) / len(order) - 0.5))
-        ax.errorbar(
-            [size * shift for size in sizes],
-            [100 * mean for mean in means],
-            [100 * stddev for stddev in stddevs],
+        x = np.array(list(sizes)) * 2 ** (0.15 * ((i + 0.5) / len(order) - 0.5))
+        (line,) = ax.plot(
+            x,
+            means,
             label=name,
             color=plt.get_cmap("tab10")(i % 10),
-            marker="osD^v"[i % 5],
-            # The colours repeat after ten.
-            linestyle=["-", "--", ":"][i // 10 % 3],
-            capsize=2,
+            # What has the same colour has another marker and another line.
+            marker="osD^vP*"[i % 7],
+            linestyle=["-", (0, (4, 1.5)), (0, (1, 1))][i // 10 % 3],
             linewidth=1.3,
-            markersize=4,
+            markersize=5,
         )
+        if stddevs.any():
+            ax.errorbar(x, means, stddevs, fmt="none", color=line.get_color(), capsize=2, linewidth=1)
     ax.set_xscale("log", base=2)
     ax.set_xticks(batch_sizes, batch_sizes)
     ax.set_xlabel("batch size")
     ax.set_ylabel("test accuracy in %")
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=3)
     figure.savefig(file)
     plt.close(figure)
 

@@ -195,10 +195,12 @@ class CrossIterationBatchNormalization(KernelNormalization):
         self._move(self.moving_variance, variance * (count / ops.maximum(count - 1, 1)))
         if self.window > 1:
             kernel = ops.stop_gradient(ops.reshape(kernel, (-1, self._groups, self.channels // self._groups)))
-            past_means, past_variances = self._past_moments(kernel)
             centered = x - sum(self._over(x, pivot, distance))
-            self._remember(ops.stack([mean, variance]), inputs, centered, kernel)
+            present = ops.stack([mean, variance])
+            past_means, past_variances = self._past_moments(kernel)
             distance, variance = self._average(past_means - pivot, past_variances, distance, variance)
+            # Last, because on PyTorch what has been read from a weight changes with it.
+            self._remember(present, inputs, centered, kernel)
         self.iterations.assign(self.iterations + 1)
         return pivot, distance, variance
 

@@ -18,7 +18,7 @@ class WeightNormalization(KernelNormalization):
 
     For each filter ``c``,
 
-        z = (phi(x * W' + beta_c) - mean) / stddev,    W' = gamma_c W / (||W_c||_2 + epsilon)
+        z = (phi(x * W' + beta_c) - mean) / stddev,    W' = gamma_c W / (||W_c||_2 + kernel_epsilon)
 
     where ``mean`` and ``stddev`` are those of ``phi(N(0, 1))``, for relu .3989 and .5838, so that signals of zero mean
     and unit variance stay so from layer to layer. Nothing depends on data.
@@ -26,7 +26,7 @@ class WeightNormalization(KernelNormalization):
     Args:
         layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
             `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
-        epsilon: Float, added to the length of a filter. Defaults to 1e-5.
+        kernel_epsilon: Float, added to the length of a filter. Defaults to 1e-5.
         activation: The activation behind the layer: a name, an elementwise callable of one tensor, a parameter-free
             Keras activation layer, or None, where nothing is standardized. Defaults to ``"relu"``.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
@@ -63,13 +63,13 @@ class WeightNormalization(KernelNormalization):
     def __init__(
         self,
         layer: keras.layers.Layer,
-        epsilon: float = 1e-5,
+        kernel_epsilon: float = 1e-5,
         *,
         activation: ActivationLike = "relu",
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
         self._elementwise = resolve_activation(activation)
         self.activation = keras.activations.get(activation)
 
@@ -79,7 +79,7 @@ class WeightNormalization(KernelNormalization):
         squares = ops.sum(ops.square(filters), axis=0)
         # The gradient of a square root at 0 is infinite.
         norms = ops.where(squares > 0, ops.sqrt(ops.where(squares > 0, squares, ops.ones_like(squares))), 0.0)
-        filters = filters / (norms + self.epsilon)
+        filters = filters / (norms + self.kernel_epsilon)
         if gamma is not None:
             filters = filters * gamma
         outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
@@ -93,6 +93,6 @@ class WeightNormalization(KernelNormalization):
     def get_config(self):
         return {
             **super().get_config(),
-            "epsilon": self.epsilon,
+            "kernel_epsilon": self.kernel_epsilon,
             "activation": keras.activations.serialize(self.activation),
         }

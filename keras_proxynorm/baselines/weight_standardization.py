@@ -18,7 +18,7 @@ class WeightStandardization(KernelNormalization):
 
     For each filter ``c`` with ``fan_in`` weights, of mean ``m_c`` and standard deviation ``s_c``,
 
-        z = phi(x * W' + beta_c),    W' = gain gamma_c (W - m_c) / ((s_c + epsilon) sqrt(fan_in))
+        z = phi(x * W' + beta_c),    W' = gain gamma_c (W - m_c) / ((s_c + kernel_epsilon) sqrt(fan_in))
 
     where ``gain`` is 1 over the standard deviation of ``phi(N(0, 1))``, for relu ``sqrt(2 pi / (pi - 1))``, so that
     signals keep their variance from layer to layer. Nothing depends on data. There is nothing to normalize where a
@@ -27,7 +27,7 @@ class WeightStandardization(KernelNormalization):
     Args:
         layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
             `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
-        epsilon: Float, added to the standard deviation of a filter. Defaults to 1e-5.
+        kernel_epsilon: Float, added to the standard deviation of a filter. Defaults to 1e-5.
         activation: The activation behind the layer: a name, an elementwise callable of one tensor, a parameter-free
             Keras activation layer, or None, for which the gain is 1. Defaults to ``"relu"``.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
@@ -64,13 +64,13 @@ class WeightStandardization(KernelNormalization):
     def __init__(
         self,
         layer: keras.layers.Layer,
-        epsilon: float = 1e-5,
+        kernel_epsilon: float = 1e-5,
         *,
         activation: ActivationLike = "relu",
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
         self._elementwise = resolve_activation(activation)
         self.activation = keras.activations.get(activation)
 
@@ -83,7 +83,7 @@ class WeightStandardization(KernelNormalization):
         # The gradient of a square root at 0 is infinite.
         stddev = ops.where(variance > 0, ops.sqrt(ops.where(variance > 0, variance, ops.ones_like(variance))), 0.0)
         _, activated_variance = self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))
-        filters = filters * ops.rsqrt(activated_variance) / ((stddev + self.epsilon) * fan_in**0.5)
+        filters = filters * ops.rsqrt(activated_variance) / ((stddev + self.kernel_epsilon) * fan_in**0.5)
         if gamma is not None:
             filters = filters * gamma
         outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
@@ -94,6 +94,6 @@ class WeightStandardization(KernelNormalization):
     def get_config(self):
         return {
             **super().get_config(),
-            "epsilon": self.epsilon,
+            "kernel_epsilon": self.kernel_epsilon,
             "activation": keras.activations.serialize(self.activation),
         }

@@ -160,7 +160,7 @@ def replace_normalization(
     cloner = Cloner(plan, make, changed)
     new_model = cloner.clone(model)
 
-    notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan)]
+    notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan), *_frozen_with(plan)]
     notes += _carry(plan, cloner, set(changed), copies)
     for compensation in compensations:
         compensate_in(cloner.clone(compensation.layer), compensation)
@@ -274,6 +274,19 @@ def _shared_inside(plan: Plan):
     for layers in paths.values():
         if len(layers) > 1:
             yield f"The layers {list(layers.values())} share weights. In the new model each has its own."
+
+
+def _frozen_with(plan: Plan):
+    names = [
+        decision.linear.name
+        for decision in plan.decisions.values()
+        if decision.linear is not None and decision.linear.trainable and not decision.layer.trainable
+    ]
+    if names:
+        yield (
+            f"The layers {names} could be trained. They are now contained in the layers in the place of frozen "
+            "normalizations, and are frozen with these."
+        )
 
 
 def _late_regularizers(cloner):

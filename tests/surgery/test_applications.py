@@ -20,6 +20,7 @@ import keras_proxynorm as kp
 from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.planning import make_plan
+from keras_proxynorm.surgery.targets import Target
 
 # For each constructor: batch normalizations whose output is read by one activation, by several equal ones, by an
 # activation and something else, by no activation; and layer normalizations. Counted in Keras 3.15.
@@ -45,7 +46,11 @@ def make(name, **kwargs):
 
 def survey(model):
     """The row of a model in the survey."""
-    plan = make_plan(read_graphs(model), lambda path, layer: isinstance(layer, keras.layers.BatchNormalization), True)
+    plan = make_plan(
+        read_graphs(model),
+        lambda path, layer: isinstance(layer, keras.layers.BatchNormalization),
+        Target("group_norm_proxy", {}),
+    )
     decisions = plan.decisions.values()
     batch_norms = [x.layer for x in decisions if isinstance(x.layer, keras.layers.BatchNormalization)]
     kinds = Counter(

@@ -236,7 +236,7 @@ def test_report():
     assert dictionary["counts"] == {"fused": 1, "split": 0, "plain": 1, "left alone": 0}
     assert dictionary["layers"][0] == {
         **{"path": "conv_bn", "layer": "BatchNormalization", "action": "fused", "names": ["conv_relu"]},
-        **{"activation": "relu", "absorbed": ["conv_relu"], "channels": 8, "groups": 2, "center": True},
+        **{"activation": "relu", "absorbed": ["conv_relu"], "channels": 8, "groups": 2, "center": True, "linear": None},
         **{"frozen": False, "weights": ["gamma", "beta"], "reason": None},
     }
     text = str(report)

@@ -47,12 +47,20 @@ def test_groups_of_the_widths_that_are_in_use():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_name_makes_layers(name):
-    target = Target(name, {"epsilon": 0.5})
-    arguments = {"activation": "relu", "channels": 8, "groups": 2, "center": False, "name": "norm", "dtype": "float32"}
-    layer = target.make(arguments)
-    assert (layer.name, layer.epsilon, layer.center) == ("norm", 0.5, False)
-    assert layer.groups == (1 if name.startswith("layer") else 2)
-    assert target.fuses is hasattr(layer, "activation") is name.endswith("proxy")
+    epsilon = "kernel_epsilon" if name.startswith("weight") else "epsilon"
+    target = Target(name, {epsilon: 0.5})
+    convolution = keras.layers.Conv2D(8, 3, use_bias=False)
+    offered = {"activation": "relu", "channels": 8, "groups": 2, "center": False, "momentum": 0.5, "axis": -1}
+    layer = target.make({**offered, "layer": convolution, "name": "norm", "dtype": "float32"})
+    assert (layer.name, getattr(layer, epsilon), layer.center, layer.axis) == ("norm", 0.5, False, -1)
+    groups = {"layer_norm": 1, "layer_norm_proxy": 1, "instance_norm": -1}
+    assert getattr(layer, "groups", 2) == groups.get(name, 2)
+    assert getattr(layer, "momentum", 0.5) == 0.5
+    assert target.contains_linear is (getattr(layer, "layer", None) is convolution)
+    assert target.fuses is (hasattr(layer, "activation") or hasattr(layer, "nonlinearity"))
+    plain = target.make({**offered, "activation": None, "layer": convolution, "name": "norm", "dtype": "float32"})
+    assert getattr(plain, "activation", keras.activations.linear) is keras.activations.linear
+    assert getattr(plain, "nonlinearity", False) is False
 
 
 def test_a_factory_gets_what_it_names():
