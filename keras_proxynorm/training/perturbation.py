@@ -15,6 +15,7 @@ def perturbations(
     gradients: Sequence,
     adapted: Sequence[bool],
     *,
+    loss_scale,
     rho: float,
     adaptive: str | None,
     norm: str,
@@ -27,14 +28,15 @@ def perturbations(
 
     Args:
         weights: Tensors.
-        gradients: Their gradients, or None where the loss does not depend on a weight.
+        gradients: Gradients of the loss times `loss_scale`, or None where it does not depend on a weight.
         adapted: For each weight, whether it has a scale of its own if `adaptive` is not None.
+        loss_scale: Number or scalar tensor.
         rho: The radius.
         adaptive: None, ``"elementwise"`` or ``"layerwise"``.
         norm: ``"l2"`` or ``"linf"``.
         eta: What keeps the scales of small weights away from 0.
     """
-    gradients = [_float32(g, like=w) for w, g in zip(weights, gradients, strict=True)]
+    gradients = [_float32(g, like=w) / loss_scale for w, g in zip(weights, gradients, strict=True)]
     scales = [_scale(w, adaptive if own else None, eta) for w, own in zip(weights, adapted, strict=True)]
     if norm == "linf":
         directions = [scale * ops.sign(g) for scale, g in zip(scales, gradients, strict=True)]

@@ -164,8 +164,8 @@ def test_unknown_sizes(name, training):
 @pytest.mark.parametrize("shape", [(6, 8), (4, 5, 8), (2, 3, 2, 4, 8)])
 def test_ranks(name, shape):
     """As many positions in a row, or none, give what they give as an image."""
-    if name == "batch_group_parts" and len(shape) == 2:
-        pytest.skip("has fewer features than groups")
+    if name == "batch_group_parts" and np.prod(shape[1:]) % 16:
+        pytest.skip("has features that its groups do not divide")
     layer, image = built(ALONE[name], shape), built(ALONE[name], (shape[0], 1, int(np.prod(shape[1:-1])), 8))
     kwargs = {"training": True} if name in BATCH else {}
     x = normal(*shape)
@@ -181,7 +181,8 @@ def test_gradients(name, training):
     kwargs = {"training": training} if name in BATCH else {}
     x = normal(3, 4, 4, 8, dtype="float64")
     with float64_allowed():
-        layer = built(BASELINES[name], x.shape, dtype="float64")
+        make = ALONE.get(name) or (lambda **kw: CONTAINING[name](convolution(dtype="float64"), **kw))
+        layer = built(make, x.shape, dtype="float64")
         values = [numpy(v.value) for v in layer.trainable_variables]
         state = [v.value for v in layer.non_trainable_variables]
 

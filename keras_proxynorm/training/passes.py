@@ -1,0 +1,121 @@
+"""One step of sharpness-aware minimization, two passes over a batch, on each backend of Keras."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+__all__ = ["train_step"]
+
+
+def train_step(sam, *arguments):
+    """What `keras.Model.train_step` takes and returns, which depends on the backend.
+
+    Args:
+        sam: The model, with the method `perturb(values, gradients, loss_scale)` and `update_moving_statistics`.
+        *arguments: Those of `keras.Model.train_step`.
+    """
+    return (_jax_step if keras.backend.backend() == "jax" else _stateful_step)(sam, *arguments)
+
+
+def _stateful_step(sam, data):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    weights, state, carried = sam.trainable_variables, sam.non_trainable_variables, _carried(sam)
+    # Copies, because PyTorch updates variables in place.
+    start = [(variable, ops.copy(variable)) for variable, carry in zip(state, carried, strict=True) if not carry]
+
+    def forward():
+        y_pred = sam(x, training=True)
+        loss = sam.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        return sam.optimizer.scale_loss(loss), (loss, y_pred)
+
+    gradients, (loss, y_pred) = _gradients(forward, [weight.value for weight in weights])
+    batch_size = ops.shape(next(tensor for tensor in keras.tree.flatten(x) if tensor is not None))[0]
+    sam._loss_tracker.update_state(loss * _replicas(), sample_weight=batch_size)
+    with _no_gradients():
+        values = [ops.convert_to_tensor(weight) for weight in weights]
+        moved = sam.perturb(values, gradients, sam.optimizer.scale_loss(1.0))
+
+    # No variable changes: in the scope, its own values are what reading variables gives and assigning to them sets.
+    with keras.StatelessScope([*start, *zip(weights, moved, strict=True)], collect_losses=True) as scope:
+        gradients, _ = _gradients(forward, moved)
+    with _no_gradients():
+        for variable, carry in zip(state, carried, strict=True):
+            value = scope.get_current_value(variable)
+            if carry and value is not None:
+                variable.assign(value)
+        sam.optimizer.apply(gradients, weights)
+    return sam.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def _jax_step(sam, state, data):
+    weights, others, optimizer_state, metrics_state = state
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    carried = _carried(sam)
+
+    import jax
+
+    gradients_and_outputs = jax.grad(sam.compute_loss_and_updates, has_aux=True)
+
+    def gradients_at(weights, others):
+        return gradients_and_outputs(
+            weights, others, metrics_state, x, y, sample_weight, training=True, optimizer_variables=optimizer_state
+        )
+
+    gradients, (loss, y_pred, after_first, new_metrics_state) = gradients_at(weights, others)
+    with keras.StatelessScope(list(zip(sam.optimizer.variables, optimizer_state, strict=True))):
+        loss_scale = sam.optimizer.scale_loss(1.0)
+    moved = sam.perturb(weights, gradients, loss_scale)
+    gradients, (_, _, after_second, _) = gradients_at(moved, _choose(carried, after_first, others))
+    weights, optimizer_state = sam.optimizer.stateless_apply(optimizer_state, gradients, weights)
+    logs, metrics_state = sam._update_metrics_variables(new_metrics_state, loss, x, y, y_pred, sample_weight)
+    return logs, (weights, _choose(carried, after_second, after_first), optimizer_state, metrics_state)
+
+
+def _carried(sam):
+    """For each variable that is not trained, whether the second pass goes on from the first and leaves its value."""
+    # What `variables` are and `weights` are not are the states of random generators: both passes draw the same.
+    weights = {id(variable) for variable in sam.weights}
+    twice = sam.update_moving_statistics == "twice"
+    return [twice and id(variable) in weights for variable in sam.non_trainable_variables]
+
+
+def _choose(conditions, values, others):
+    return [v if c else o for c, v, o in zip(conditions, values, others, strict=True)]
+
+
+def _gradients(forward, values):
+    """The gradients of a loss with respect to variables of the backend or tensors, and what comes with the loss."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            loss, outputs = forward()
+        return tape.gradient(loss, values), outputs
+
+    import torch
+
+    for value in values:
+        value.requires_grad_()
+    loss, outputs = forward()
+    return torch.autograd.grad(loss, values, allow_unused=True), outputs
+
+
+def _no_gradients():
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+
+    import torch
+
+    return torch.no_grad()
+
+
+def _replicas():
+    """By how much Keras divides the loss in each replica."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
