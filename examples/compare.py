@@ -94,10 +94,17 @@ class Cell(NamedTuple):
 
 
 def arguments_for(name, batch_size):
-    """Arguments of a normalization that its paper ties to the batch size."""
+    """Arguments of `replace_normalization` that the paper of a normalization ties to the batch size."""
     if name == "cross_iteration_batch_norm":
-        # The paper's rule: statistics of 16 images, from at most 8 steps.
+        # Statistics of 16 images, from at most 8 steps.
         return {"window": min(math.ceil(16 / batch_size), 8)}
+    if name == "batch_group_norm":
+        # The smaller the batch, the fewer groups; never more than channels here.
+        sizes = {1: 1, 4: 2, 8: 16, 16: 64}
+        return {"groups": sizes[max(size for size in sizes if size <= batch_size)], "min_channels_per_group": 1}
+    if name == "ghost_batch_norm" and batch_size < 16:
+        # Batch and group normalization in one, for batches that are too small for statistics of a channel.
+        return {"examples_per_group": 2, "channel_groups": 8}
     return {}
 
 
@@ -565,6 +572,8 @@ def parse_arguments():
     for name in arguments.normalizations:
         if name.removesuffix(SAM_ON) not in NORMALIZATIONS:
             parser.error(f"--normalizations must be of {', '.join(NORMALIZATIONS)}, with {SAM_ON} or not; not {name}")
+        if name == "none" + SAM_ON:
+            parser.error(f"--normalizations must have scales or offsets for {SAM_ON}; none has not")
     for name in ("batch_sizes", "epochs", "train_images", "test_images", "image_size", "threads"):
         values = getattr(arguments, name)
         if values is not None and min(np.atleast_1d(values)) < 1:

@@ -33,7 +33,7 @@ def _stateful_step(sam, data):
     batch_size = ops.shape(next(tensor for tensor in keras.tree.flatten(x) if tensor is not None))[0]
     sam._loss_tracker.update_state(loss * _replicas(), sample_weight=batch_size)
     with _no_gradients():
-        values = [ops.convert_to_tensor(weight) for weight in weights]
+        values = [ops.copy(weight) for weight in weights]  # of variables of TensorFlow, tensors
         moved = sam.perturb(values, gradients, sam.optimizer.scale_loss(1.0))
 
     # No variable changes: in the scope, its own values are what reading variables gives and assigning to them sets.
