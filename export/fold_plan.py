@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_proxynorm import baselines
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
@@ -26,6 +27,12 @@ from keras_proxynorm.surgery.rescaling import follow_rescalings
 
 __all__ = ["FoldPlan", "Folding", "make_fold_plan"]
 
+# Those of the baselines that look at their inputs in training only.
+_AFFINE_AT_INFERENCE = (
+    baselines.BatchGroupNormalization,
+    baselines.GhostBatchNormalization,
+    baselines.VarianceNormalization,
+)
 SHIFTED, SCALED, KEPT = "scale and shift", "scale", "nothing"
 
 
@@ -176,7 +183,7 @@ def _foldings(graphs, calls) -> Iterator[Folding]:
                 continue
             seen.add(id(layer))
             folding = _folding(layer, graph.path + layer.name)
-            if type(layer) is keras.layers.BatchNormalization and calls[id(layer)] == 1:
+            if type(layer) in (keras.layers.BatchNormalization, *_AFFINE_AT_INFERENCE) and calls[id(layer)] == 1:
                 folding = _into_layer_in_front(folding, graph, call, calls)
             yield folding
 
@@ -185,12 +192,18 @@ def _is_foldable(operation):
     # The classes themselves: what a subclass does, nobody knows.
     if type(operation) in (keras.layers.BatchNormalization, keras.layers.GroupNormalization):
         return not isinstance(operation.axis, (list, tuple)) or len(operation.axis) == 1
+    if type(operation) in _AFFINE_AT_INFERENCE:
+        return operation.inference_affine() is not None
     return type(operation) in (GroupNormProxy, LayerNormProxy, ProxyActivation)
 
 
 def _folding(layer, path):
     activation, groups, epsilon = None, getattr(layer, "groups", None), getattr(layer, "epsilon", 0.0)
-    if isinstance(layer, keras.layers.BatchNormalization):
+    if type(layer) in _AFFINE_AT_INFERENCE:
+        groups, epsilon = None, 0.0
+        output_scale, output_offset = layer.inference_affine()
+        scale, offset = np.ones_like(output_scale), np.zeros_like(output_offset)
+    elif isinstance(layer, keras.layers.BatchNormalization):
         scale, offset = _affine(layer, layer.moving_mean.shape[0])
         output_scale = scale / np.sqrt(as_float64(layer.moving_variance) + epsilon)
         output_offset = offset - as_float64(layer.moving_mean) * output_scale

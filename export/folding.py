@@ -59,7 +59,7 @@ def fold(model: keras.Model, *, return_report: bool = False):
       is exact: also through pooling, cropping, padding, reshapes, concatenation and products, but no shift into what
       reads zeros of a padding in its place, and none through a product.
     - A `BatchNormalization` goes into the linear layer in front of it, or else into those behind it, or else becomes a
-      scale and an offset.
+      scale and an offset. So does a layer of `keras_proxynorm.baselines` that is no more than that at inference.
     - A `GroupNormalization` keeps its statistics, with scale and offset as constants.
 
     Normalizations become `FoldedNormalization` layers or, where nothing is left to do, `keras.layers.Identity`. All

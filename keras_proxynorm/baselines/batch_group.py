@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
@@ -127,6 +128,13 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         if self.use_moving_statistics:
             return self._normalize(x, Moments.of_vectors(*self._moving(x.dtype)), gamma, beta)
         return self._normalize(x, self._batch_moments(x), gamma, beta)
+
+    def inference_affine(self):
+        channels = self.input_spec.axes[self.axis % self.input_spec.ndim]
+        if not self.use_moving_statistics or channels % self.groups:
+            return None
+        moving = (ops.convert_to_numpy(weight).astype("float64") for weight in (self.moving_mean, self.moving_variance))
+        return self._as_affine(*(np.repeat(vector, channels // self.groups) for vector in moving))
 
     def _batch_moments(self, x):
         """The moments of each group, of shape ``(1, groups)``."""

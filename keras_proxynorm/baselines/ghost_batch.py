@@ -3,6 +3,8 @@
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
@@ -133,6 +135,19 @@ class GhostBatchNormalization(MovingStatisticsLayer):
             of_example = merge(channel_moments(x, self._channel_axis(x.shape)), self.channel_groups, examples=1)
             moments = of_example if weight == 1 else mix(moments, of_example, weight)
         return self._normalize(x, moments, gamma, beta)
+
+    def inference_affine(self):
+        if self.inference_example_weight:
+            return None
+        mean, variance = (
+            ops.convert_to_numpy(weight).astype("float64") for weight in (self.moving_mean, self.moving_variance)
+        )
+        groups = self.channel_groups or len(mean)
+        mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
+        per_group = mean.shape[1]
+        group_mean = mean.mean(axis=1)
+        group_variance = variance.mean(axis=1) + mean.var(axis=1)
+        return self._as_affine(np.repeat(group_mean, per_group), np.repeat(group_variance, per_group))
 
     def _normalize(self, x, moments, gamma, beta):
         axis = self._channel_axis(x.shape)

@@ -3,6 +3,7 @@
 import numbers
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers.base import NormalizationLayer
@@ -64,6 +65,23 @@ class MovingStatisticsLayer(NormalizationLayer):
     def _normalize_moving(self, x, gamma, beta):
         """The layer at inference."""
         raise NotImplementedError
+
+    def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What the layer does at inference, if that is a scale and an offset of each channel.
+
+        Returns:
+            ``(scale, offset)``, NumPy vectors of shape ``(channels,)``, float64; None if it looks at its inputs.
+        """
+        return None
+
+    def _as_affine(self, mean, variance):
+        """Scale and offset of a normalization by these vectors, in float64."""
+        gamma, beta = (
+            default if weight is None else ops.convert_to_numpy(weight).astype("float64")
+            for weight, default in ((self.gamma, 1.0), (self.beta, 0.0))
+        )
+        scale = gamma / np.sqrt(variance + self.epsilon)
+        return scale, beta - mean * scale
 
     def _moving(self, dtype):
         """The moving mean, or None, and variance, in the dtype of a computation."""

@@ -67,6 +67,9 @@ class VarianceNormalization(MovingStatisticsLayer):
     def _normalize_moving(self, x, gamma, beta):
         return self._normalize(x, self._moving(x.dtype)[1], gamma, beta)
 
+    def inference_affine(self):
+        return self._as_affine(0.0, ops.convert_to_numpy(self.moving_variance).astype("float64"))
+
     def _normalize(self, x, variance, gamma, beta):
         axis = self._channel_axis(x.shape)
         factor = ops.rsqrt(variance + self.epsilon)

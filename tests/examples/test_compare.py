@@ -192,9 +192,8 @@ def test_learning_rate_is_proportional_to_the_batch_size(compare, data, argument
     assert compare.conditions_of(compare.Cell("none", 2, 0), data, arguments)["learning_rate"] == "0.003125"
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     compare.compile_model(model, 0.2, steps=200)
-    learning_rates = [float(model.optimizer._learning_rate(step)) for step in range(201)]
-    assert learning_rates[0] == 0 and learning_rates[200] == pytest.approx(0, abs=1e-6)
-    assert np.argmax(learning_rates) == 10 and learning_rates[10] == pytest.approx(0.2)
+    rates = {step: float(model.optimizer._learning_rate(step)) for step in (0, 5, 10, 105, 200)}
+    assert rates == pytest.approx({0: 0, 5: 0.1, 10: 0.2, 105: 0.1, 200: 0}, abs=1e-6)
 
 
 @pytest.mark.parametrize(("batch_size", "window"), [(1, 8), (2, 8), (3, 6), (8, 2), (64, 1)])
@@ -430,7 +429,7 @@ def test_lines_of_the_plot_can_be_told_apart(compare, data, arguments, monkeypat
 def test_bad_options(parse, capsys, tmp_path, options):
     with pytest.raises(SystemExit):
         parse("--output", tmp_path / "out", *options)
-    assert f"error: {options[0]} must be" in capsys.readouterr().err
+    assert f"error: {options[0]} must " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
