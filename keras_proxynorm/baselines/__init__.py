@@ -1,6 +1,7 @@
 """The normalizations that the papers around Proxy Normalization name, as Keras layers with the same conventions."""
 
 from keras_proxynorm.baselines.batch_group import BatchGroupNormalization
+from keras_proxynorm.baselines.convolutional import ConvolutionalNormalization
 from keras_proxynorm.baselines.cross_iteration import CrossIterationBatchNormalization
 from keras_proxynorm.baselines.evonorm_b0 import EvoNormB0
 from keras_proxynorm.baselines.evonorm_s0 import EvoNormS0
@@ -15,6 +16,7 @@ from keras_proxynorm.baselines.weight_standardization import WeightStandardizati
 
 __all__ = [
     "BatchGroupNormalization",
+    "ConvolutionalNormalization",
     "CrossIterationBatchNormalization",
     "EvoNormB0",
     "EvoNormS0",

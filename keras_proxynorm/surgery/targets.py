@@ -53,6 +53,7 @@ TARGETS: dict[str, Callable[..., keras.layers.Layer]] = {
     "instance_enhancement_batch_norm": baselines.InstanceEnhancementBatchNormalization,
     "batch_group_norm": baselines.BatchGroupNormalization,
     "cross_iteration_batch_norm": baselines.CrossIterationBatchNormalization,
+    "conv_norm": baselines.ConvolutionalNormalization,
     "variance_norm": baselines.VarianceNormalization,
     "filter_response_norm": _with_own_nonlinearity(baselines.FilterResponseNormalization),
     "evonorm_s0": _with_own_nonlinearity(baselines.EvoNormS0),

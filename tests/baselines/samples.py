@@ -29,11 +29,7 @@ ALONE = {
 # ... and those that contain a linear layer, which say what its data_format is by `axis`.
 CONTAINING = {
     "cross_iteration": lambda layer, **kw: bl.CrossIterationBatchNormalization(layer, window=3, **kw),
-    **(
-        {"convolutional": lambda layer, **kw: bl.ConvolutionalNormalization(layer, **kw)}
-        if hasattr(bl, "ConvolutionalNormalization")
-        else {}
-    ),
+    "convolutional": lambda layer, **kw: bl.ConvolutionalNormalization(layer, **kw),
     "weight_standardization": lambda layer, **kw: bl.WeightStandardization(layer, activation="silu", **kw),
     "weight_normalization": lambda layer, **kw: bl.WeightNormalization(layer, **kw),
 }
