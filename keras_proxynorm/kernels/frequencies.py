@@ -50,8 +50,8 @@ def filter_frequencies(x, response, axes):
     axis, size = axes[0], sizes[0]
     cosine, sine = (ops.transpose(waves) for waves in _waves(size // 2 + 1, size, size, x.dtype))
     # Frequencies between 0 and n / 2 stand for their negatives, too.
-    frequencies = _range(size // 2 + 1)
-    twice = ops.cast((frequencies > 0) & (2 * frequencies < size), x.dtype) + 1
+    frequencies = ops.arange(size // 2 + 1)
+    twice = ops.cast(ops.logical_and(frequencies > 0, 2 * frequencies < size), x.dtype) + 1
     weights = twice / ops.cast(size, x.dtype)
     return _along(cosine * weights, real, axis) - _along(sine * weights, imaginary, axis)
 
@@ -75,7 +75,7 @@ def _waves(frequencies, positions, period, dtype):
     """Cosine and sine of ``2 pi f p / period``, of shape ``(frequencies, positions)``."""
     known = all(isinstance(number, int) for number in (frequencies, positions, period))
     numbers = np if known else ops
-    turns = numbers.expand_dims(_range(frequencies), 1) * numbers.expand_dims(_range(positions), 0)
+    turns = numbers.expand_dims(numbers.arange(frequencies), 1) * numbers.expand_dims(numbers.arange(positions), 0)
     # Whole turns are taken away as integers: of a large angle float32 knows few digits.
     turns = turns % period
     if known:
@@ -83,10 +83,6 @@ def _waves(frequencies, positions, period, dtype):
         return ops.convert_to_tensor(np.cos(angles), dtype=dtype), ops.convert_to_tensor(np.sin(angles), dtype=dtype)
     angles = ops.cast(turns, dtype) * (2 * math.pi / ops.cast(period, dtype))
     return ops.cos(angles), ops.sin(angles)
-
-
-def _range(number):
-    return np.arange(number) if isinstance(number, int) else ops.arange(number)
 
 
 def _along(matrix, x, axis):
