@@ -11,9 +11,18 @@ import keras
 import pytest
 
 import keras_proxynorm
+import keras_proxynorm.baselines
 import keras_proxynorm.diagnostics
 import keras_proxynorm.export
+import keras_proxynorm.training
 
+PACKAGES = (
+    keras_proxynorm,
+    keras_proxynorm.baselines,
+    keras_proxynorm.diagnostics,
+    keras_proxynorm.export,
+    keras_proxynorm.training,
+)
 MODULES = sorted(
     module.name
     for package in (keras_proxynorm, keras_proxynorm.export)
@@ -23,15 +32,16 @@ MODULES = sorted(
 
 def test_public_names():
     assert keras_proxynorm.__all__ == sorted(keras_proxynorm.__all__)
-    for package in (keras_proxynorm, keras_proxynorm.diagnostics, keras_proxynorm.export):
+    for package in PACKAGES:
         for name in package.__all__:
             assert inspect.getdoc(getattr(package, name)), name
 
 
 def test_layers_are_registered():
-    exported = {name: getattr(keras_proxynorm, name) for name in keras_proxynorm.__all__}
+    packages = keras_proxynorm, keras_proxynorm.baselines, keras_proxynorm.training
+    exported = {name: getattr(package, name) for package in packages for name in package.__all__}
     layers = {k: v for k, v in exported.items() if inspect.isclass(v) and issubclass(v, keras.layers.Layer)}
-    assert len(layers) >= 3
+    assert len(layers) >= 15
     for name, layer in layers.items():
         assert keras.saving.get_registered_object(f"keras_proxynorm>{name}") is layer
 
@@ -49,7 +59,7 @@ def test_examples_in_docstrings(name):
 
 
 def test_every_public_docstring_has_an_example():
-    for package in (keras_proxynorm, keras_proxynorm.diagnostics, keras_proxynorm.export):
+    for package in PACKAGES:
         for name in package.__all__:
             assert ">>> " in inspect.getdoc(getattr(package, name)), name
 

@@ -61,19 +61,26 @@ def replace_normalization(
     Args:
         model: A functional or sequential model that is built, such as one of `keras.applications` or one loaded from a
             `.keras` file. Models nested in it are converted, too.
-        to: What to put in the place of the normalizations: ``"group_norm_proxy"``, ``"layer_norm_proxy"``, or, without
+        to: What to put in the place of the normalizations. ``"group_norm_proxy"`` or ``"layer_norm_proxy"``; without
             proxy normalization and with the activations where they were, ``"group_norm"``
-            (`keras.layers.GroupNormalization`) and ``"layer_norm"`` (the same with one group). Or a function that makes
+            (`keras.layers.GroupNormalization`), ``"layer_norm"`` and ``"instance_norm"`` (the same with one group, and
+            with one for each channel); or one of `keras_proxynorm.baselines`: ``"ghost_batch_norm"``,
+            ``"instance_enhancement_batch_norm"``, ``"batch_group_norm"``, ``"variance_norm"``;
+            ``"filter_response_norm"``, ``"evonorm_s0"`` and ``"evonorm_b0"``, whose own nonlinearity takes the place of
+            the activation; ``"cross_iteration_batch_norm"``, ``"conv_norm"``, ``"weight_standardization"`` and
+            ``"weight_normalization"``, which contain the dense or convolution layer in front. Or a function that makes
             a layer. It is called with those of these keyword arguments that it names: `activation`, `channels`,
-            `groups`, `axis`, `epsilon`, `center`, `scale`, and `_initializer`, `_regularizer` and `_constraint` of
-            `beta` and `gamma`; and with `name` and `dtype`, which it must hand on. If it does not name `activation`,
-            activations stay where they are. A class of layers is such a function.
+            `groups`, `axis`, `epsilon`, `momentum`, `center`, `scale`, and `_initializer`, `_regularizer` and
+            `_constraint` of `beta` and `gamma`; `layer`, the linear layer in front, without bias; and with `name` and
+            `dtype`, which it must hand on. If it does not name `activation`, activations stay where they are. If it
+            names `layer`, normalizations that nothing else than one linear layer feeds are replaced, together with
+            that, and the others left alone. A class of layers is such a function.
         groups: The largest number of groups. A layer gets the largest divisor of its number of channels that is not
             larger and leaves `min_channels_per_group` in each group; 1 if there is none. A `GroupNormalization` keeps
             its own.
         min_channels_per_group: The smallest number of channels in a group, unless it is all of them.
-        weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`, no
-            moving statistics. ``"fresh"`` initializes all of them, except what preprocessing layers have adapted to.
+        weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`, and
+            moving statistics into what has such. ``"fresh"`` initializes all of them, except what preprocessing layers have adapted to.
         compensate: Proxy normalization rescales and shifts what the next layers read. If True, the kernels and biases
             of the layers that read it take that back, so that copied weights mean what they meant. That is exact, and
             done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also behind pooling,
@@ -90,7 +97,7 @@ def replace_normalization(
             has statistics for each position, and what replaces it has not.
         return_report: If True, return the report, too.
         **layer_kwargs: Further arguments of the new layers, such as `epsilon`, `scale` or `proxy_epsilon`. By default
-            the `epsilon`, `scale`, initializers, regularizers and constraints of the old ones are kept.
+            the `epsilon`, `momentum`, `scale`, initializers, regularizers and constraints of the old ones are kept.
 
     Returns:
         The new model, of the class of the old one if that is made of inputs and outputs. With ``return_report=True``
