@@ -1,0 +1,132 @@
+"""Prints the table of docs/baselines.md: what is compared, which limit cases are tested, what it costs, how accurate.
+
+    python benchmarks/comparison_table.py
+
+takes a second. It reads what examples/compare.py and benchmarks/normalization_cost.py have written:
+docs/comparison/compare.csv and the newest results/normalization_cost-*.csv.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COST_BATCH_SIZES, BATCH_SIZES = (8, 64), (2, 8, 64)
+# The paper, what it is called here, and the limit cases with their tests.
+ROWS = [
+    (
+        "Santurkar et al., 2018 ([1805.11604](https://arxiv.org/abs/1805.11604)): batch norm",
+        "batch_norm",
+        "its landscape probes are `diagnostics.loss_landscape` (tests/diagnostics/test_landscape.py)",
+    ),
+    (
+        "Bjorck et al., 2018 ([1806.02375](https://arxiv.org/abs/1806.02375)): none",
+        "none",
+        "its probes are `diagnostics.loss_landscape`, `signal_propagation` (tests/diagnostics/test_propagation.py)",
+    ),
+    (
+        "Yao et al., 2021 ([2002.05712](https://arxiv.org/abs/2002.05712)): CBN",
+        "cross_iteration_batch_norm",
+        "window 1 is BN; unchanged kernel: one larger batch (test_cross_iteration.py)",
+    ),
+    (
+        "Liang et al., 2020 ([1908.04008](https://arxiv.org/abs/1908.04008)): IEBN",
+        "instance_enhancement_batch_norm",
+        "neutral gate: half of BN (test_instance_enhancement.py)",
+    ),
+    (
+        "Zhou et al., 2020 ([2012.02782](https://arxiv.org/abs/2012.02782)): BGN",
+        "batch_group_norm",
+        "G = C is BN; N = 1 is GN (test_batch_group.py)",
+    ),
+    (
+        "Summers and Dinneen, 2020 ([1906.03548](https://arxiv.org/abs/1906.03548)): Four Things",
+        "ghost_batch_norm",
+        "B' = 1 is GN; B' = N is BN; weight 1 is IN (test_ghost_batch.py)",
+    ),
+    (
+        "Mueller et al., 2023 ([2306.04226](https://arxiv.org/abs/2306.04226)): SAM-ON",
+        "batch_norm+sam_on",
+        "rho = 0 is the base optimizer (tests/training/test_sharpness_aware.py)",
+    ),
+    (
+        "Liu et al., 2021 ([2103.00673](https://arxiv.org/abs/2103.00673)): ConvNorm",
+        "conv_norm",
+        "unit gain at every frequency; V = 1 is the convolution (test_convolutional.py)",
+    ),
+    (
+        "Lubana et al., 2021 ([2106.05956](https://arxiv.org/abs/2106.05956)): VN",
+        "variance_norm",
+        "variance 1, mean as it was (test_variance.py)",
+    ),
+    ("the same: FRN", "filter_response_norm", "starts with relu; mean square 1 (test_filter_response.py)"),
+    ("the same: EvoNorm-S0", "evonorm_s0", "groups 1 and C; without nonlinearity affine (test_evonorm_s0.py)"),
+    ("the same: EvoNorm-B0", "evonorm_b0", "without nonlinearity affine (test_evonorm_b0.py)"),
+    ("the same: scaled WS", "weight_standardization", "see test_weight_standardization.py"),
+    ("the same: WN", "weight_normalization", "see test_weight_normalization.py"),
+    ("the same: IN", "instance_norm", "Keras's (tests/surgery/test_targets.py)"),
+    ("the same: LN", "layer_norm", "Keras's, with one group (tests/surgery/test_targets.py)"),
+    ("the same: GN", "group_norm", "Keras's (tests/surgery/test_targets.py)"),
+    (
+        "Labatie et al., 2021 ([2106.03743](https://arxiv.org/abs/2106.03743)): GN+PN",
+        "group_norm_proxy",
+        "without activation GN; gamma = 0 (tests/layers/)",
+    ),
+    ("the same: LN+PN", "layer_norm_proxy", "GN+PN with one group (tests/layers/)"),
+]
+
+
+def read(path):
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracies(rows):
+    """Lists of accuracies over seeds, by normalization and batch size."""
+    found = {}
+    for row in rows:
+        key = row["normalization"], int(row["batch_size"])
+        found.setdefault(key, []).append(float(row["test_accuracy"]))
+    return found
+
+
+def describe(values):
+    """Mean in percent, with the standard deviation if there are several seeds."""
+    if not values:
+        return "-"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def make_table(comparison, costs):
+    """The table in Markdown, from the rows of both files."""
+    ratios = {(row["normalization"], int(row["batch_size"])): row["ratio_to_batch_norm"] for row in costs}
+    accuracy = accuracies(comparison)
+    lines = [
+        "| paper and system | name here | limit cases tested | step | batch 2 | batch 8 | batch 64 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for paper, name, cases in ROWS:
+        cost = " / ".join(
+            f"{float(ratios[name, size]):.2f}" if (name, size) in ratios else "-" for size in COST_BATCH_SIZES
+        )
+        cells = [describe(accuracy.get((name, size), [])) for size in BATCH_SIZES]
+        lines.append("| " + " | ".join([paper, f"`{name}`", cases, cost, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def newest_costs():
+    """The file of benchmarks/normalization_cost.py that was written last."""
+    return max(
+        (ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"), key=lambda path: path.stat().st_mtime
+    )
+
+
+def main():
+    """Prints the table."""
+    print(make_table(read(ROOT / "docs" / "comparison" / "compare.csv"), read(newest_costs())), end="")
+
+
+if __name__ == "__main__":
+    main()
