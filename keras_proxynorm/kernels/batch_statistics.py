@@ -5,6 +5,7 @@ tensors, a pivot and the distance to it, so that large means keep their digits; 
 as the mean of the variances and the variance of the means.
 """
 
+from typing import Any
 from typing import NamedTuple
 
 from keras import ops
@@ -25,9 +26,9 @@ class Moments(NamedTuple):
         variance: The biased variance.
     """
 
-    pivot: object
-    distance: object
-    variance: object
+    pivot: Any
+    distance: Any
+    variance: Any
 
     @property
     def mean(self):

@@ -79,8 +79,9 @@ def replace_normalization(
             larger and leaves `min_channels_per_group` in each group; 1 if there is none. A `GroupNormalization` keeps
             its own.
         min_channels_per_group: The smallest number of channels in a group, unless it is all of them.
-        weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`, and
-            moving statistics into what has such. ``"fresh"`` initializes all of them, except what preprocessing layers have adapted to.
+        weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`,
+            and moving statistics into what has such. ``"fresh"`` initializes all of them, except what preprocessing
+            layers have adapted to.
         compensate: Proxy normalization rescales and shifts what the next layers read. If True, the kernels and biases
             of the layers that read it take that back, so that copied weights mean what they meant. That is exact, and
             done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also behind pooling,
