@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_proxynorm import baselines
+from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
@@ -114,11 +115,13 @@ class FoldPlan:
         foldings: By the `id` of the normalization layer.
         absorptions: The layers that take in what is behind normalizations.
         gated: By the `id` of the layer that reads the product: the shifts for which something is added to its output.
+        linear: The paths of layers that become the linear layer inside of them, by their `id`.
     """
 
     foldings: dict[int, Folding]
     absorptions: tuple[Absorption, ...]
     gated: dict[int, GatedShift]
+    linear: dict[int, str]
 
     @property
     def changed(self) -> dict[int, keras.layers.Layer]:
@@ -160,7 +163,13 @@ def _try(graphs, calls, foldings, through_gates):
     absorptions, losses = follow_rescalings(
         graphs, calls, lambda graph, call: _begun(by_layer, graph, call), gated if through_gates else None
     )
-    plan = FoldPlan(by_layer, tuple(absorptions), {id(shift.layer): shift for shift in gated})
+    linear = {
+        id(call.operation): graph.path + call.operation.name
+        for graph in graphs
+        for call in graph.calls
+        if isinstance(call.operation, KernelNormalization) and call.operation.inference_linear() is not None
+    }
+    plan = FoldPlan(by_layer, tuple(absorptions), {id(shift.layer): shift for shift in gated}, linear)
     return plan, {source for loss in losses for source in loss.sources}
 
 

@@ -59,7 +59,8 @@ def fold(model: keras.Model, *, return_report: bool = False):
       is exact: also through pooling, cropping, padding, reshapes, concatenation and products, but no shift into what
       reads zeros of a padding in its place, and none through a product.
     - A `BatchNormalization` goes into the linear layer in front of it, or else into those behind it, or else becomes a
-      scale and an offset. So does a layer of `keras_proxynorm.baselines` that is no more than that at inference.
+      scale and an offset. So does a layer of `keras_proxynorm.baselines` that is no more than that at inference; one
+      that contains a linear layer becomes that, where the kernel at inference is a constant.
     - A `GroupNormalization` keeps its statistics, with scale and offset as constants.
 
     Normalizations become `FoldedNormalization` layers or, where nothing is left to do, `keras.layers.Identity`. All
@@ -127,9 +128,14 @@ def fold_with_report(model: keras.Model, through_gates: bool = False) -> tuple[k
             )
     folded.trainable = False
     return folded, FoldReport(
-        folded={folding.path: folding.describe() for folding in plan.foldings.values()},
+        folded={folding.path: folding.describe() for folding in plan.foldings.values()}
+        | {plan.linear[id(x)]: f"{type(x).__name__} into the layer inside of it" for x in _contained(plan, cloner)},
         absorbed={absorption.path: absorption.rescaling.sources for absorption in plan.absorptions},
     )
+
+
+def _contained(plan, cloner):
+    return [source for source, _ in cloner.clones.values() if id(source) in plan.linear]
 
 
 def fold_if_possible(model: keras.Model, through_gates: bool = False) -> tuple[keras.Model, str]:
@@ -144,6 +150,9 @@ def fold_if_possible(model: keras.Model, through_gates: bool = False) -> tuple[k
         )
         return model, "nothing"
     return folded, str(report)
+
+
+_BIAS = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
 
 
 class _FoldingCloner(ModelCloner):
@@ -168,14 +177,18 @@ class _FoldingCloner(ModelCloner):
                 name=operation.name,
                 dtype=dtype_of(operation),
             )
+        if id(operation) in self._plan.linear:
+            _, _, activation = operation.inference_linear()
+            return super()._clone_single(
+                operation.layer, **_BIAS, activation=activation, name=operation.name, dtype=dtype_of(operation)
+            )
         if id(operation) in self._plan.changed and not operation.use_bias:
-            bias = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
-            return super()._clone_single(operation, **bias)
+            return super()._clone_single(operation, **_BIAS)
         return super()._clone_single(operation)
 
     def _call(self, clone, *args, **kwargs):
         source = self._sources[id(clone)]
-        if id(source) in self._plan.foldings:
+        if id(source) in self._plan.foldings or id(source) in self._plan.linear:
             return self._call_replacement(source, clone, *args, **kwargs)
         outputs = clone(*args, **kwargs)
         if isinstance(source, keras.layers.Multiply):
@@ -205,6 +218,10 @@ def _carry(plan: FoldPlan, cloner: _FoldingCloner):
             if isinstance(clone, FoldedNormalization):
                 for name, vector in plan.foldings[id(source)].constants.items():
                     getattr(clone, name).assign(vector)
+        elif id(source) in plan.linear:
+            kernel, bias, _ = source.inference_linear()
+            clone.kernel.assign(kernel)
+            clone.bias.assign(bias)
         elif id(source) in plan.changed:
             weights = LinearWeights(source)
             gated = plan.gated.get(id(source))

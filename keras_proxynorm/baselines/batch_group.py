@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.baselines.moving_statistics import affine_at_inference
 from keras_proxynorm.kernels.batch_statistics import Moments
 from keras_proxynorm.kernels.batch_statistics import channel_moments
 from keras_proxynorm.kernels.batch_statistics import merge
@@ -133,8 +134,11 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         channels = self.input_spec.axes[self.axis % self.input_spec.ndim]
         if not self.use_moving_statistics or channels % self.groups:
             return None
-        moving = (ops.convert_to_numpy(weight).astype("float64") for weight in (self.moving_mean, self.moving_variance))
-        return self._as_affine(*(np.repeat(vector, channels // self.groups) for vector in moving))
+        moving = (
+            np.repeat(ops.convert_to_numpy(weight), channels // self.groups)
+            for weight in (self.moving_mean, self.moving_variance)
+        )
+        return affine_at_inference(self, *moving, self.epsilon)
 
     def _batch_moments(self, x):
         """The moments of each group, of shape ``(1, groups)``."""

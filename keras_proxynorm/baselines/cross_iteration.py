@@ -3,15 +3,19 @@
 import math
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.baselines.moving_statistics import affine_at_inference
+from keras_proxynorm.baselines.moving_statistics import as_fraction
+from keras_proxynorm.baselines.moving_statistics import move
 from keras_proxynorm.kernels import channels
+from keras_proxynorm.kernels.batch_statistics import batch_count
+from keras_proxynorm.kernels.batch_statistics import channel_moments
+from keras_proxynorm.kernels.batch_statistics import merge
+from keras_proxynorm.kernels.batch_statistics import unbiased
 from keras_proxynorm.kernels.patches import moment_derivatives
-from keras_proxynorm.kernels.statistics import group_moments
-from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.moments import computation_dtype
@@ -121,9 +125,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         self.burn_in = as_integer("burn_in", burn_in, "an integer that is not negative")
         if self.burn_in < 0:
             raise ValueError(f"Argument `burn_in` must be an integer that is not negative. Received: burn_in={burn_in}")
-        self.momentum = as_epsilon("momentum", momentum)
-        if self.momentum > 1:
-            raise ValueError(f"Argument `momentum` must be a number from 0 to 1. Received: momentum={momentum}")
+        self.momentum = as_fraction("momentum", momentum)
         self.epsilon = as_epsilon("epsilon", epsilon)
         # True is 1.
         compensation = float(compensation) if isinstance(compensation, bool) else compensation
@@ -188,11 +190,11 @@ class CrossIterationBatchNormalization(KernelNormalization):
 
     def _moments_in_training(self, inputs, x, kernel):
         """Pivot, distance and variance of the window, as vectors, with the state moved on by an iteration."""
-        pivot, distance, variance = self._batch_moments(x)
+        axis = self.axis % len(x.shape)
+        pivot, distance, variance = (moment[0] for moment in merge(channel_moments(x, axis)))
         mean = pivot + distance
-        count = ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, self.channels, self.axis % len(x.shape))
-        self._move(self.moving_mean, mean)
-        self._move(self.moving_variance, variance * (count / ops.maximum(count - 1, 1)))
+        move(self.moving_mean, mean, self.momentum)
+        move(self.moving_variance, unbiased(variance, batch_count(x, axis)), self.momentum)
         if self.window > 1:
             kernel = ops.stop_gradient(ops.reshape(kernel, (-1, self._groups, self.channels // self._groups)))
             centered = x - sum(self._over(x, pivot, distance))
@@ -203,20 +205,6 @@ class CrossIterationBatchNormalization(KernelNormalization):
             self._remember(present, inputs, centered, kernel)
         self.iterations.assign(self.iterations + 1)
         return pivot, distance, variance
-
-    def _batch_moments(self, x):
-        of_samples = group_moments(x, self.channels, self.axis % len(x.shape))
-        pivots, distances, variances = (ops.reshape(moment, (-1, self.channels)) for moment in of_samples)
-        count = ops.maximum(ops.cast(ops.shape(x)[0], x.dtype), 1)
-
-        def average(values):
-            return ops.sum(values, axis=0) / count
-
-        pivot = average(pivots)
-        # Close to each other, so their difference is exact.
-        means = (pivots - pivot) + distances
-        distance = average(means)
-        return pivot, distance, average(variances) + average(ops.square(means - distance))
 
     def _past_moments(self, kernel):
         """Means and variances of past iterations, had they had the present kernel, ``(window - 1, channels)``."""
@@ -264,32 +252,13 @@ class CrossIterationBatchNormalization(KernelNormalization):
         distance = ops.sum(weights * distances, axis=0)
         return distance, ops.sum(weights * (variances + ops.square(distances - distance)), axis=0)
 
-    def _move(self, weight, value):
-        # float32 also where variables are half precision: small steps would be rounded away.
-        old = ops.cast(weight, value.dtype)
-        weight.assign(old + (1.0 - self.momentum) * (value - old))
-
     def _over(self, x, *vectors):
         return [channels.broadcast(vector, x, self.axis % len(x.shape)) for vector in vectors]
 
-    def inference_affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the layer does at inference behind the linear layer, as a scale and an offset.
-
-        Returns:
-            ``(scale, offset)``, NumPy vectors of shape ``(channels,)``, float64, such that at inference the layer is
-            ``scale * layer(inputs) + offset``.
-        """
-        gamma, beta, mean, variance = (
-            default if weight is None else ops.convert_to_numpy(weight).astype("float64")
-            for weight, default in (
-                (self.gamma, 1.0),
-                (self.beta, 0.0),
-                (self.moving_mean, 0),
-                (self.moving_variance, 1),
-            )
-        )
-        scale = gamma / np.sqrt(variance + self.epsilon)
-        return scale, beta - mean * scale
+    def inference_linear(self):
+        scale, offset = affine_at_inference(self, self.moving_mean, self.moving_variance, self.epsilon)
+        kernel = ops.convert_to_numpy(self.layer.kernel).astype("float64")
+        return (kernel.reshape(-1, self.channels) * scale).reshape(kernel.shape), offset, None
 
     def get_config(self):
         return {

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.baselines.moving_statistics import affine_at_inference
 from keras_proxynorm.baselines.moving_statistics import as_fraction
 from keras_proxynorm.kernels.batch_statistics import Moments
 from keras_proxynorm.kernels.batch_statistics import channel_moments
@@ -144,10 +145,9 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         )
         groups = self.channel_groups or len(mean)
         mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
-        per_group = mean.shape[1]
-        group_mean = mean.mean(axis=1)
-        group_variance = variance.mean(axis=1) + mean.var(axis=1)
-        return self._as_affine(np.repeat(group_mean, per_group), np.repeat(group_variance, per_group))
+        of_groups = mean.mean(axis=1), variance.mean(axis=1) + mean.var(axis=1)
+        moments = (np.repeat(vector, mean.shape[1]) for vector in of_groups)
+        return affine_at_inference(self, *moments, self.epsilon)
 
     def _normalize(self, x, moments, gamma, beta):
         axis = self._channel_axis(x.shape)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers.base import NormalizationLayer
@@ -95,6 +96,15 @@ class KernelNormalization(NormalizationLayer):
     def _by_filter(self, kernel):
         """A kernel as a matrix with one column for each channel of the output."""
         return ops.reshape(kernel, (-1, self.channels))
+
+    def inference_linear(self) -> tuple[np.ndarray, np.ndarray, Any] | None:
+        """The kernel, the bias and the activation with which the layer inside alone is this layer at inference.
+
+        Returns:
+            ``(kernel, bias, activation)``, NumPy arrays in float64 where the backend has it, and an activation as Keras
+            takes it; None if there are none.
+        """
+        return None
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)

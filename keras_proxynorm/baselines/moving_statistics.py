@@ -10,7 +10,7 @@ from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.moments import computation_dtype
 
-__all__ = ["MovingStatisticsLayer", "as_fraction"]
+__all__ = ["MovingStatisticsLayer", "affine_at_inference", "as_fraction", "move"]
 
 
 class MovingStatisticsLayer(NormalizationLayer):
@@ -74,15 +74,6 @@ class MovingStatisticsLayer(NormalizationLayer):
         """
         return None
 
-    def _as_affine(self, mean, variance):
-        """Scale and offset of a normalization by these vectors, in float64."""
-        gamma, beta = (
-            default if weight is None else ops.convert_to_numpy(weight).astype("float64")
-            for weight, default in ((self.gamma, 1.0), (self.beta, 0.0))
-        )
-        scale = gamma / np.sqrt(variance + self.epsilon)
-        return scale, beta - mean * scale
-
     def _moving(self, dtype):
         """The moving mean, or None, and variance, in the dtype of a computation."""
         mean = None if self.moving_mean is None else ops.cast(self.moving_mean, dtype)
@@ -92,12 +83,27 @@ class MovingStatisticsLayer(NormalizationLayer):
         """Moves the averages towards statistics of a batch."""
         for weight, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
             if weight is not None:
-                # float32 also where variables are half precision: small steps would be rounded away.
-                old = ops.cast(weight, value.dtype)
-                weight.assign(old + (1.0 - self.momentum) * (value - old))
+                move(weight, value, self.momentum)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+def move(weight, value, momentum: float):
+    """Moves a moving average towards the value of a batch."""
+    # float32 also where variables are half precision: small steps would be rounded away.
+    old = ops.cast(weight, value.dtype)
+    weight.assign(old + (1.0 - momentum) * (value - old))
+
+
+def affine_at_inference(layer: NormalizationLayer, mean, variance, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset of a normalization by a mean and a variance of each channel, in float64."""
+    gamma, beta, mean, variance = (
+        default if weight is None else ops.convert_to_numpy(weight).astype("float64")
+        for weight, default in ((layer.gamma, 1.0), (layer.beta, 0.0), (mean, 0.0), (variance, 1.0))
+    )
+    scale = gamma / np.sqrt(variance + epsilon)
+    return scale, beta - mean * scale
 
 
 def as_fraction(name: str, value) -> float:

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
+from keras_proxynorm.baselines.moving_statistics import affine_at_inference
 from keras_proxynorm.kernels.batch_statistics import channel_moments
 from keras_proxynorm.kernels.batch_statistics import merge
 from keras_proxynorm.kernels.channels import broadcast
@@ -68,7 +69,7 @@ class VarianceNormalization(MovingStatisticsLayer):
         return self._normalize(x, self._moving(x.dtype)[1], gamma, beta)
 
     def inference_affine(self):
-        return self._as_affine(0.0, ops.convert_to_numpy(self.moving_variance).astype("float64"))
+        return affine_at_inference(self, None, self.moving_variance, self.epsilon)
 
     def _normalize(self, x, variance, gamma, beta):
         axis = self._channel_axis(x.shape)

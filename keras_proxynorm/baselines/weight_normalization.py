@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_proxynorm import kernels
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.layers.base import ActivationLike
@@ -79,12 +80,9 @@ class WeightNormalization(KernelNormalization):
         squares = ops.sum(ops.square(filters), axis=0)
         # The gradient of a square root at 0 is infinite.
         norms = ops.where(squares > 0, ops.sqrt(ops.where(squares > 0, squares, ops.ones_like(squares))), 0.0)
-        filters = filters / (norms + self.kernel_epsilon)
-        if gamma is not None:
-            filters = filters * gamma
+        filters = kernels.affine(filters / (norms + self.kernel_epsilon), gamma, None)
         outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
-        if beta is not None:
-            outputs = outputs + channels.broadcast(beta, outputs, self.axis % len(outputs.shape))
+        outputs = kernels.affine(outputs, None, channels.broadcast(beta, outputs, self.axis % len(outputs.shape)))
         if self._elementwise.is_identity:
             return outputs
         mean, variance = self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))

@@ -1,8 +1,10 @@
 """Weight standardization: filters of zero mean and unit variance in the place of normalized activations."""
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_proxynorm import kernels
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.layers.base import ActivationLike
@@ -75,21 +77,28 @@ class WeightStandardization(KernelNormalization):
         self.activation = keras.activations.get(activation)
 
     def _normalize(self, inputs, kernel, dtype, training):
-        gamma, beta = self._affine(dtype)
+        _, beta = self._affine(dtype)
+        outputs = self._linear(inputs, self._standardized(kernel), dtype)
+        outputs = kernels.affine(outputs, None, channels.broadcast(beta, outputs, self.axis % len(outputs.shape)))
+        return self._elementwise.function(outputs)
+
+    def _standardized(self, kernel):
+        gamma, _ = self._affine(kernel.dtype)
         filters = self._by_filter(kernel)
         fan_in = filters.shape[0]
         filters = filters - ops.sum(filters, axis=0) / fan_in
         variance = ops.sum(ops.square(filters), axis=0) / fan_in
         # The gradient of a square root at 0 is infinite.
         stddev = ops.where(variance > 0, ops.sqrt(ops.where(variance > 0, variance, ops.ones_like(variance))), 0.0)
-        _, activated_variance = self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))
+        zero, one = ops.zeros((), kernel.dtype), ops.ones((), kernel.dtype)
+        _, activated_variance = self._elementwise.moments(zero, one)
         filters = filters * ops.rsqrt(activated_variance) / ((stddev + self.kernel_epsilon) * fan_in**0.5)
-        if gamma is not None:
-            filters = filters * gamma
-        outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
-        if beta is not None:
-            outputs = outputs + channels.broadcast(beta, outputs, self.axis % len(outputs.shape))
-        return self._elementwise.function(outputs)
+        return ops.reshape(kernels.affine(filters, gamma, None), kernel.shape)
+
+    def inference_linear(self):
+        kernel = ops.convert_to_numpy(self._standardized(ops.cast(self.layer.kernel, "float64")))
+        beta = np.zeros(self.channels) if self.beta is None else ops.convert_to_numpy(self.beta)
+        return kernel, beta.astype("float64"), self.activation
 
     def get_config(self):
         return {

@@ -408,15 +408,17 @@ def test_frozen_is_inference():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"center": False}, {"scale": False}])
-def test_inference_affine(arguments):
-    layer = CrossIterationBatchNormalization(layers.Conv2D(4, 3, use_bias=False), **arguments)
+def test_inference_linear(arguments):
+    convolution = layers.Conv2D(4, 3, use_bias=False)
+    layer = CrossIterationBatchNormalization(convolution, **arguments)
     (x, *inputs) = batches()
     layer.build(x.shape)
     run(layer, inputs, kernels_of(layer, 4))
-    scale, offset = layer.inference_affine()
-    assert scale.shape == offset.shape == (4,)
+    kernel, bias, activation = layer.inference_linear()
     expected = numpy(layer(*tensors(x)))
-    np.testing.assert_allclose(scale * numpy(layer.layer(*tensors(x))) + offset, expected, rtol=1e-5, atol=1e-5)
+    convolution.kernel.assign(kernel)
+    np.testing.assert_allclose(numpy(convolution(*tensors(x))) + bias, expected, rtol=1e-5, atol=1e-5)
+    assert activation is None
 
 
 def test_config_round_trip():

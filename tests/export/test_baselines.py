@@ -6,6 +6,7 @@ import pytest
 from backends import numpy
 from backends import tensorflow_only
 from baselines.samples import BASELINES
+from baselines.samples import convolution
 from baselines.samples import normal
 from baselines.samples import randomize
 
@@ -41,9 +42,21 @@ def test_a_scale_and_an_offset_go_into_the_convolution(name):
     np.testing.assert_allclose(numpy(folded(x)), numpy(model(x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, kind", [("cross_iteration", "linear"), ("weight_standardization", "silu")])
+def test_a_contained_layer_takes_everything_in(name, kind):
+    model, x = make_model(lambda: BASELINES[name](name="norm")), normal(3, 6, 6, 8)
+    folded, report = fold(model, return_report=True)
+    layer = folded.get_layer("norm")
+    assert type(layer) is keras.layers.Conv2D and layer.use_bias and layer.activation.__name__ == kind
+    assert report.folded == {"norm": f"{type(model.get_layer('norm')).__name__} into the layer inside of it"}
+    np.testing.assert_allclose(numpy(folded(x)), numpy(model(x)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: bl.WeightNormalization(convolution(), name="norm"),
+        lambda: bl.ConvolutionalNormalization(convolution(), name="norm"),
         lambda: bl.GhostBatchNormalization(inference_example_weight=0.1, name="norm"),
         lambda: bl.BatchGroupNormalization(2, use_moving_statistics=False, name="norm"),
         lambda: bl.BatchGroupNormalization(16, name="norm"),
