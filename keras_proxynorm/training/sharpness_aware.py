@@ -129,8 +129,7 @@ class SharpnessAwareMinimization(keras.Model):
         self.built = model.built
 
     def call(self, inputs, training=None):
-        # `training` reaches the model by the context of the call, and so also one whose `call` does not take it.
-        return self.model(inputs)
+        return self.model(inputs, training=training)  # also if the `call` of the model does not take it
 
     @property
     def perturbed_variables(self) -> list[keras.Variable]:
@@ -148,6 +147,9 @@ class SharpnessAwareMinimization(keras.Model):
     def train_step(self, *arguments):
         if self.rho == 0:
             return super().train_step(*arguments)
+        if not self.built:
+            # TensorFlow leaves that to the first pass, but before it must be known what is perturbed.
+            self(keras.utils.unpack_x_y_sample_weight(arguments[-1])[0])
         if not self.perturbed_variables:
             names = sorted({variable.name for variable in self.trainable_variables})
             raise ValueError(

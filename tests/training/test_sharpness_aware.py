@@ -227,7 +227,9 @@ class Probe(keras.layers.Layer):
 def test_both_passes_see_the_same(update, calls):
     x, _ = data()
     probe = Probe()
-    sam = SharpnessAwareMinimization(keras.Sequential([keras.Input((FEATURES,)), probe]), update_moving_statistics=update)
+    sam = SharpnessAwareMinimization(
+        keras.Sequential([keras.Input((FEATURES,)), probe]), update_moving_statistics=update
+    )
     sam.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=True)
     probe.seen.clear()
     for step in (1, 2):
@@ -430,7 +432,7 @@ class Branches(keras.Model):
 
 
 def test_several_inputs_and_outputs():
-    x, y = data()
+    x, _ = data()
     inputs, targets = {"a": x, "b": x[:, :2]}, {"sum": x, "difference": 2 * x}
     model = Branches()
     sam = SharpnessAwareMinimization(model, 0.3)
@@ -466,21 +468,40 @@ def test_masks_and_integers_reach_the_loss_and_the_model():
     assert expected == pytest.approx(np.mean((values - 1) ** 2), rel=0.01)
 
 
-def test_weight_decay_and_class_weights_and_callbacks():
+def test_class_weights():
     x, labels = data()[0], np.arange(SIZE) % OUTPUTS
-    model = keras.Sequential([keras.Input((FEATURES,)), kp.LayerNormProxy(), keras.layers.Dense(OUTPUTS)])
-    sam = SharpnessAwareMinimization(model)
-    optimizer = kp.exclude_norm_from_weight_decay(keras.optimizers.AdamW(0.1, weight_decay=0.5), sam)
-    sam.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
-    stop = keras.callbacks.EarlyStopping("val_loss", patience=0, restore_best_weights=True)
-    history = fit(sam, x, labels, validation_data=(x, labels), class_weight={0: 1, 1: 0, 2: 0}, epochs=3, callbacks=[stop])
-    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
-    assert not optimizer._use_weight_decay(model.layers[0].gamma) and optimizer._use_weight_decay(model.layers[1].kernel)
-    np.testing.assert_array_equal(sam.predict(x, verbose=0), model.predict(x, verbose=0))
-    assert set(sam.predict(x, verbose=0).argmax(-1)) == {0}  # the only class that counts
+    models = [SharpnessAwareMinimization(make_model(), 0.3) for _ in range(2)]
+    weights = np.array([2.0, 0.0, 0.5])
+    for sam, arguments in zip(
+        models, ({"class_weight": dict(enumerate(weights))}, {"sample_weight": weights[labels]}), strict=True
+    ):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        sam.compile("sgd", loss, metrics=["accuracy"], run_eagerly=True)
+        history = fit(sam, x, labels, **arguments)
+        assert set(history) == {"loss", "accuracy"}
+    assert_same_state(models, rtol=1e-6)
 
 
-# Other processes.
+def test_validation_callbacks_and_prediction():
+    x, y = data()
+    sam = SharpnessAwareMinimization(make_model(), 0.3)
+    sam.compile(keras.optimizers.SGD(-0.1), "mse", run_eagerly=True)  # up, where it is worse
+    before = sam.evaluate(x, y, verbose=0)
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
+    history = fit(sam, x, y, validation_data=(x, y), epochs=5, callbacks=[stop])
+    assert before < history["val_loss"][0] < history["val_loss"][1] and len(history["loss"]) == 2
+    assert sam.evaluate(x, y, verbose=0) == pytest.approx(history["val_loss"][0], rel=1e-5)
+    np.testing.assert_allclose(sam.predict(x, verbose=0), sam.model.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_weight_decay_can_exclude_normalization():
+    sam = SharpnessAwareMinimization(make_model())
+    optimizer = kp.exclude_norm_from_weight_decay(keras.optimizers.AdamW(), sam)
+    decayed = {weight.name for weight in sam.weights if optimizer._use_weight_decay(weight)}
+    assert decayed == {"kernel", "bias"}
+
+
+# Saving, and other processes.
 
 
 @keras.saving.register_keras_serializable(package="test_sharpness_aware")
@@ -496,33 +517,60 @@ import keras_proxynorm.training
 keras.saving.register_keras_serializable("test_sharpness_aware", "is_kernel")(lambda v: v.name == "kernel")
 path, x, y, output = sys.argv[1:]
 sam = keras.models.load_model(path)
-history = sam.fit(np.load(x), np.load(y), batch_size=4, shuffle=False, verbose=0)
-np.savez(output, history.history["loss"], *[np.array(v) for v in sam.get_weights()])
+history = sam.fit(np.load(x), np.load(y), batch_size=4, shuffle=False, verbose=0).history
+np.savez(output, history["loss"], *sam.get_weights())
 """
 
 
-def test_a_fresh_process_goes_on(tmp_path):
+def saved_after_training(folder):
+    """Without dropout, because Keras does not save how far a layer has drawn."""
     x, y = images()
     arguments = {"adaptive": "layerwise", "norm": "linf", "eta": 0.02, "normalize_bias": True, "perturb_proxies": True}
     sam = SharpnessAwareMinimization(
-        make_network(), 0.1, scope=is_kernel, update_moving_statistics="twice", name="sharp", **arguments
+        make_network(dropout=0.0), 0.1, scope=is_kernel, update_moving_statistics="twice", name="sharp", **arguments
     )
     sam.compile(keras.optimizers.Adam(0.01), "mse")
     fit(sam, x, y)
-    paths = [tmp_path / name for name in ("sam.keras", "x.npy", "y.npy", "result.npz")]
-    sam.save(paths[0])
-    np.save(paths[1], x)
-    np.save(paths[2], y)
-    run_together(["-c", GO_ON, *paths])
-    loss = fit(sam, x, y)["loss"]
-    with np.load(paths[3]) as found:
-        found = [found[name] for name in found.files]
-    for value, expected in zip(found, [loss, *sam.get_weights()], strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
-    config = keras.models.load_model(paths[0]).get_config()
-    assert config == sam.get_config()
+    sam.save(folder / "sam.keras")
+    return sam, x, y, {**arguments, "rho": 0.1, "update_moving_statistics": "twice", "name": "sharp"}
+
+
+def test_what_is_loaded_goes_on(tmp_path):
+    sam, x, y, arguments = saved_after_training(tmp_path)
+    loaded = keras.models.load_model(tmp_path / "sam.keras")
+    config = loaded.get_config()
     assert {key: config[key] for key in arguments} == arguments
-    assert (config["rho"], config["update_moving_statistics"], config["name"]) == (0.1, "twice", "sharp")
+    assert loaded.scope is is_kernel
+    assert fit(loaded, x, y)["loss"] == pytest.approx(fit(sam, x, y)["loss"], rel=1e-5)
+    assert_same_state((loaded, sam), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_goes_on(tmp_path):
+    sam, x, y, _ = saved_after_training(tmp_path)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    run_together(["-c", GO_ON, *(tmp_path / name for name in ("sam.keras", "x.npy", "y.npy", "result.npz"))])
+    expected = [fit(sam, x, y)["loss"], *sam.get_weights()]
+    with np.load(tmp_path / "result.npz") as found:
+        for name, value in zip(found.files, expected, strict=True):
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_first_step_builds_is_perturbed_in_it(tmp_path):
+    x, y = data()
+    model = keras.Sequential([keras.layers.LayerNormalization(epsilon=EPSILON), keras.layers.Dense(OUTPUTS)])
+    sam = SharpnessAwareMinimization(model, 0.3)
+    sam.compile(keras.optimizers.SGD(RATE), "mse")
+    sam.train_on_batch(x, y)
+    assert sam.built and numpy(sam.optimizer.iterations) == 1
+    kernel = numpy(model.layers[-1].kernel)
+    sam.save(tmp_path / "sam.keras")
+    loaded = keras.models.load_model(tmp_path / "sam.keras")
+    np.testing.assert_array_equal(numpy(loaded.model.layers[-1].kernel), kernel)
+    expected = step_by_formula(weights_of(sam), x, y, rho=0.3)
+    loaded.train_on_batch(x, y)
+    assert_weights(loaded, expected)
 
 
 MIRRORED = """
@@ -537,21 +585,24 @@ strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
 path, x, y, output = sys.argv[1:]
 x, y = np.load(x), np.load(y)
-result = {}
-for update in ("once", "twice"):
-    with strategy.scope():
-        layers = [keras.layers.BatchNormalization(center=False, scale=False, name="statistics"), keras.models.load_model(path)]
-        model = keras.Sequential([keras.Input(x.shape[1:]), *layers[1:]])
-        sam = SharpnessAwareMinimization(model, 0.3, adaptive="elementwise", update_moving_statistics=update)
-        sam.compile(keras.optimizers.SGD(0.1), "mse")
-    loss = sam.fit(x, y, batch_size=len(x), shuffle=False, verbose=0).history["loss"]
-    for weight in sam.weights:
-        result[f"{update}/{weight.name}"] = weight.numpy()
-    result[f"{update}/loss"] = loss
-np.savez(output, **result)
+class Calls(keras.layers.Layer):
+    def build(self, shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False, aggregation="mean", name="calls")
+    def call(self, x, training=False):
+        if training:
+            self.calls.assign(self.calls + 1)
+        return x
+with strategy.scope():
+    model = keras.models.load_model(path)
+    model.add(Calls())
+    sam = SharpnessAwareMinimization(model, 0.3, adaptive="elementwise", update_moving_statistics="twice")
+    sam.compile(keras.optimizers.SGD(0.1), "mse")
+history = sam.fit(x, y, batch_size=len(x), shuffle=False, verbose=0).history
+np.savez(output, loss=history["loss"], **{weight.name: weight.numpy() for weight in sam.weights})
 """
 
 
+@pytest.mark.slow
 @tensorflow_only
 def test_replicas_perturb_by_their_own_gradients(tmp_path):
     x, y = data()
@@ -566,10 +617,11 @@ def test_replicas_perturb_by_their_own_gradients(tmp_path):
     together = step_by_formula(before, x, y, rho=0.3, adaptive="elementwise")
     assert np.abs(expected["kernel"] - together["kernel"]).max() > 1e-3
     model.compile("sgd", "mse")
+    expected |= {"calls": 2, "loss": model.evaluate(x, y, verbose=0)}
     with np.load(paths[3]) as found:
+        assert set(found) == set(expected)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[f"once/{name}"], value, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found["once/loss"], model.evaluate(x, y, verbose=0), rtol=1e-5)
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 # Arguments.
