@@ -57,22 +57,34 @@ ROWS = [
     (
         "Lubana et al., 2021 ([2106.05956](https://arxiv.org/abs/2106.05956)): VN",
         "variance_norm",
-        "variance 1, mean as it was (test_variance.py)",
+        "variance 1, the mean stays (test_variance.py)",
     ),
     ("the same: FRN", "filter_response_norm", "starts with relu; mean square 1 (test_filter_response.py)"),
     ("the same: EvoNorm-S0", "evonorm_s0", "groups 1 and C; without nonlinearity affine (test_evonorm_s0.py)"),
     ("the same: EvoNorm-B0", "evonorm_b0", "without nonlinearity affine (test_evonorm_b0.py)"),
-    ("the same: scaled WS", "weight_standardization", "see test_weight_standardization.py"),
-    ("the same: WN", "weight_normalization", "see test_weight_normalization.py"),
-    ("the same: IN", "instance_norm", "Keras's (tests/surgery/test_targets.py)"),
-    ("the same: LN", "layer_norm", "Keras's, with one group (tests/surgery/test_targets.py)"),
-    ("the same: GN", "group_norm", "Keras's (tests/surgery/test_targets.py)"),
+    (
+        "the same: scaled WS",
+        "weight_standardization",
+        "filters of mean 0, variance 1; Gaussian signals keep theirs (test_weight_standardization.py)",
+    ),
+    (
+        "the same: WN",
+        "weight_normalization",
+        "filters of length 1; Gaussian signals stay standardized (test_weight_normalization.py)",
+    ),
+    ("the same: IN", "instance_norm", "the layer of Keras (tests/surgery/test_targets.py)"),
+    ("the same: LN", "layer_norm", "group norm with one group (tests/surgery/test_targets.py)"),
+    ("the same: GN", "group_norm", "the layer of Keras (tests/surgery/test_targets.py)"),
     (
         "Labatie et al., 2021 ([2106.03743](https://arxiv.org/abs/2106.03743)): GN+PN",
         "group_norm_proxy",
-        "without activation GN; gamma = 0 (tests/layers/)",
+        "without activation GN; a group per channel is IN (tests/layers/test_group_norm_proxy.py)",
     ),
-    ("the same: LN+PN", "layer_norm_proxy", "GN+PN with one group (tests/layers/)"),
+    (
+        "the same: LN+PN",
+        "layer_norm_proxy",
+        "GN+PN with one group; without activation LN (tests/layers/test_layer_norm_proxy.py)",
+    ),
 ]
 
 
