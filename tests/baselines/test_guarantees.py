@@ -207,9 +207,10 @@ def test_empty_and_constant_inputs(name):
 
     (x,) = tensors(np.zeros(SHAPE, "float32"))
     assert np.all(np.isfinite(numpy(layer(x, **kwargs))))
-    assert np.all(np.isfinite(numpy(gradients(loss, x)[0])))
     for weight in layer.weights:
         assert np.all(np.isfinite(numpy(weight.value))), weight.name
+    # The last, because in JAX it leaves its tracers in the weights.
+    assert np.all(np.isfinite(numpy(gradients(loss, x)[0])))
 
 
 @pytest.mark.parametrize("name", BATCH)
