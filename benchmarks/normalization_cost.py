@@ -50,7 +50,7 @@ def training_step(compare, normalization, batch_size):
 
     keras.utils.set_random_seed(0)
     network = compare.build_network((IMAGE_SIZE, IMAGE_SIZE, 1), CLASSES, DEPTH)
-    network = compare.with_normalization(network, normalization, batch_size)
+    network = compare.with_normalization(network, normalization, batch_size, steps=0)
     model = compare.for_training(network, normalization, RHO)
     model.compile(
         keras.optimizers.SGD(1e-3, momentum=0.9),

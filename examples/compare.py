@@ -94,11 +94,12 @@ class Cell(NamedTuple):
     seed: int
 
 
-def arguments_for(name, batch_size):
-    """Arguments of `replace_normalization` that the paper of a normalization ties to the batch size."""
+def arguments_for(name, batch_size, steps):
+    """Arguments of `replace_normalization` that the paper of a normalization ties to the batch size or the steps."""
     if name == "cross_iteration_batch_norm":
-        # Statistics of 16 images, from at most 8 steps.
-        return {"window": min(math.ceil(16 / batch_size), 8)}
+        # Statistics of 16 images, from at most 8 steps; batch normalization in the first quarter of the training.
+        window = min(math.ceil(16 / batch_size), 8)
+        return {"window": window, "burn_in": steps // 4} if window > 1 else {"window": window}
     if name == "batch_group_norm":
         # The smaller the batch, the fewer groups; never more than channels here.
         sizes = {1: 1, 4: 2, 8: 16, 16: 64}
@@ -132,7 +133,7 @@ def build_network(shape, classes, depth):
     return keras.Model(inputs, layers.Dense(classes, name="logits")(layers.GlobalAveragePooling2D()(x)))
 
 
-def with_normalization(model, name, batch_size):
+def with_normalization(model, name, batch_size, steps):
     """The network with another normalization; "+sam_on" is about training and makes no difference here."""
     name = name.removesuffix(SAM_ON)
     if name == "batch_norm":
@@ -140,7 +141,7 @@ def with_normalization(model, name, batch_size):
     if name == "none":
         return replace_normalization(model, identity)
     # The weights are copied, not drawn again, so that all normalizations start from the same kernels.
-    return replace_normalization(model, name, **arguments_for(name, batch_size))
+    return replace_normalization(model, name, **arguments_for(name, batch_size, steps))
 
 
 def for_training(model, name, rho):
@@ -192,8 +193,8 @@ def run_cell(cell, data, epochs, depth, learning_rate, rho):
     keras.utils.clear_session()
     keras.utils.set_random_seed(cell.seed)
     network = build_network(data.train_images.shape[1:], data.classes, depth)
-    network = with_normalization(network, cell.normalization, cell.batch_size)
     order = draw_order(len(data.train_images), cell.batch_size, epochs, cell.seed)
+    network = with_normalization(network, cell.normalization, cell.batch_size, len(order))
     model = for_training(network, cell.normalization, rho)
     compile_model(model, learning_rate_for(cell.batch_size, learning_rate), len(order))
     # To Keras all passes are one epoch, because each epoch costs time of its own.
@@ -312,7 +313,8 @@ def describe_versions():
 def conditions_of(cell, data, arguments):
     """Under which conditions this run trains a cell, as in the file."""
     name, batch_size = cell.normalization, cell.batch_size
-    own_arguments = arguments_for(name.removesuffix(SAM_ON), batch_size)
+    steps = arguments.epochs * (len(data.train_images) // batch_size)
+    own_arguments = arguments_for(name.removesuffix(SAM_ON), batch_size, steps)
     return {
         "dataset": data.name,
         "image_size": str(data.train_images.shape[1]),

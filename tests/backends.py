@@ -11,6 +11,9 @@ MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "xla"), "torc
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
 
+# There `keras.ops.maximum` and `keras.ops.matmul`, among others, compute float64 in float32.
+needs_float64 = pytest.mark.skipif(BACKEND == "torch", reason="Keras loses float64 on PyTorch")
+
 
 def compiled(function, mode):
     """`function` as it is ("eager"), as a TensorFlow graph ("graph"), or compiled by XLA ("xla")."""

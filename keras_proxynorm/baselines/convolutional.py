@@ -19,6 +19,8 @@ from keras_proxynorm.layers.base import as_epsilon
 __all__ = ["ConvolutionalNormalization"]
 
 _FADING_STEPS, _LEAST_SHARE = 40_000, 0.01
+# Of a whole filter: one of zeros stays one, with finite gradients.
+_LEAST_POWER = 1e-8
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
@@ -37,6 +39,9 @@ class ConvolutionalNormalization(KernelNormalization):
     go through the convolution and not through ``V``. For a kernel of size 1 it is a division by the length of each
     filter.
 
+    A filter that lets nothing of a frequency through, as one for edges does of the constant, cannot be made to: what
+    would be amplified there are rounding errors. `kernel_epsilon` is where that ends.
+
     The transforms are products with matrices of cosines and sines, which take a time that grows with the size of the
     image, and strides save nothing: expect a step to take several times that of batch normalization.
 
@@ -44,9 +49,10 @@ class ConvolutionalNormalization(KernelNormalization):
         layer: The convolution, without bias and activation: a `Conv1D` or `Conv2D` of `keras.layers` without dilation.
         momentum: Float, of the batch normalization behind it. Defaults to 0.9.
         epsilon: Float, of the batch normalization behind it. Defaults to 1e-5.
-        batch_normalization: If True, a batch normalization without scale and offset comes at the end, as an option of
-            the authors' code. Defaults to False.
-        kernel_epsilon: Float, the least power that a frequency counts with; their code has none. Defaults to 1e-12.
+        batch_normalization: If True, a batch normalization comes at the end, as an option of the authors' code, with
+            `gamma` and `beta` as `scale` and `center` say. Defaults to False.
+        kernel_epsilon: Float, the least power that a frequency counts with, relative to the mean over all frequencies;
+            the authors' code has none. Defaults to 1e-4, so that no gain grows by more than 100 times.
         depthwise_initializer: Initializer of `depthwise_kernel`. Defaults to None, a kernel that changes nothing; the
             authors' code has the uniform one of convolutions, as ``"he_uniform"``.
         moving_spectrum: If True, inference takes a moving average of ``V`` as in the authors' code, so that images must
@@ -55,11 +61,17 @@ class ConvolutionalNormalization(KernelNormalization):
             schedule, by which it grows from 0 to 0.99 over 40000 steps.
         **kwargs: `center`, and initializers, regularizers and constraints of `beta`, as in
             `keras_proxynorm.GroupNormProxy`; `scale`, whether there is a depthwise convolution, whose regularizer and
-            constraint are those of `gamma`; base layer keyword arguments, such as `name` and `dtype`.
+            constraint are those of `gamma`, and the center of whose kernel starts as `gamma_initializer` says; base
+            layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
+        layer: The convolution.
         depthwise_kernel: Weight of shape ``(*kernel_size, channels, 1)``, or None.
         beta: Weight of shape ``(channels,)``, or None.
+        norm: The `keras.layers.BatchNormalization` at the end, or None.
+        moving_inverse_gain: Non-trainable weight, the moving average of ``V``, of shape ``(*frequencies, channels)``,
+            ones at first, where the authors' code has zeros; or None.
+        iterations: Non-trainable integer weight, the number of its updates; or None.
 
     Call arguments:
         inputs: Float tensor, as for the convolution; sizes other than that of the channel axis may be unknown.
@@ -69,7 +81,7 @@ class ConvolutionalNormalization(KernelNormalization):
         least.
 
     Raises:
-        ValueError: For bad arguments; for unknown sizes with `moving_spectrum`.
+        ValueError: For bad arguments; for unknown sizes with `moving_spectrum`; for integer inputs when it is called.
 
     Example:
 
@@ -93,7 +105,7 @@ class ConvolutionalNormalization(KernelNormalization):
         epsilon: float = 1e-5,
         *,
         batch_normalization: bool = False,
-        kernel_epsilon: float = 1e-12,
+        kernel_epsilon: float = 1e-4,
         depthwise_initializer: InitializerLike | None = None,
         moving_spectrum: bool = False,
         spectrum_momentum: float | None = None,
@@ -114,8 +126,21 @@ class ConvolutionalNormalization(KernelNormalization):
         self.iterations = None
         self.norm = None
         if self.batch_normalization:
+            of_affine = {
+                f"{weight}_{kind}": getattr(self, f"{weight}_{kind}")
+                for weight in ("beta", "gamma")
+                for kind in ("initializer", "regularizer", "constraint")
+            }
             self.norm = keras.layers.BatchNormalization(
-                axis=self.axis, momentum=momentum, epsilon=epsilon, center=False, scale=False, dtype=self.dtype_policy
+                axis=self.axis,
+                momentum=momentum,
+                epsilon=epsilon,
+                center=self.center,
+                scale=self.scale,
+                dtype=self.dtype_policy,
+                # Its inputs are float32 at least, and may be too large for float16.
+                autocast=False,
+                **of_affine,
             )
 
     @classmethod
@@ -133,11 +158,17 @@ class ConvolutionalNormalization(KernelNormalization):
             self.depthwise_kernel = self.add_weight(
                 shape=(*self.layer.kernel_size, channels, 1),
                 name="depthwise_kernel",
-                initializer=self.depthwise_initializer or _unit_impulse,
+                initializer=self.depthwise_initializer or self._impulse,
                 regularizer=self.gamma_regularizer,
                 constraint=self.gamma_constraint,
                 autocast=False,
             )
+
+    def _impulse(self, shape, dtype=None):
+        """A depthwise kernel that scales each channel and changes nothing else."""
+        impulse = np.zeros((*shape[:-2], 1, 1))
+        impulse[tuple((size - 1) // 2 for size in shape[:-2])] = 1
+        return ops.convert_to_tensor(impulse, dtype=dtype) * self.gamma_initializer(shape[-2:], dtype=dtype)
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -178,7 +209,10 @@ class ConvolutionalNormalization(KernelNormalization):
     def _normalize(self, inputs, kernel, dtype, training):
         shape = ops.shape(inputs)
         sizes = [shape[axis] + k - 1 for axis, k in zip(self._positions, self.layer.kernel_size, strict=True)]
-        inverse_gain = self._inverse_gain(kernel, sizes, training)
+        # Filters of length 1, for which `kernel_epsilon` is a share, and convolutions in float16 do not overflow.
+        inverse_length = self._inverse_length(kernel)
+        kernel = kernel * inverse_length
+        inverse_gain = self._inverse_gain(kernel, inverse_length, sizes, training)
         if self._is_pointwise:
             outputs = self._linear(inputs, kernel * inverse_gain, dtype)
         else:
@@ -193,15 +227,19 @@ class ConvolutionalNormalization(KernelNormalization):
         outputs = kernels.affine(outputs, None, broadcast(self._affine(dtype)[1], outputs, self.axis % len(shape)))
         return outputs if self.norm is None else self.norm(outputs, training=training)
 
-    def _inverse_gain(self, kernel, sizes, training):
-        """``V``, of shape ``(*frequencies, channels)``."""
+    def _inverse_length(self, kernel):
+        power = ops.sum(ops.square(self._by_filter(kernel)), axis=0)
+        return ops.stop_gradient(ops.rsqrt(power + _LEAST_POWER))
+
+    def _inverse_gain(self, kernel, inverse_length, sizes, training):
+        """``V``, of shape ``(*frequencies, channels)``, for the kernel, which was multiplied with `inverse_length`."""
         if self.moving_spectrum and not training:
-            return ops.cast(self.moving_inverse_gain, kernel.dtype)
+            return ops.cast(self.moving_inverse_gain, kernel.dtype) / inverse_length
         power = ops.sum(ops.square(kernel), axis=-2) if self._is_pointwise else kernel_power(kernel, sizes)
         inverse_gain = ops.stop_gradient(ops.rsqrt(ops.maximum(power, self.kernel_epsilon)))
         if self.moving_spectrum:
             old = ops.cast(self.moving_inverse_gain, kernel.dtype)
-            self.moving_inverse_gain.assign(old + self._share() * (inverse_gain - old))
+            self.moving_inverse_gain.assign(old + self._share() * (inverse_gain * inverse_length - old))
             self.iterations.assign(self.iterations + 1)
         return inverse_gain
 
@@ -254,11 +292,3 @@ class ConvolutionalNormalization(KernelNormalization):
             "moving_spectrum": self.moving_spectrum,
             "spectrum_momentum": self.spectrum_momentum,
         }
-
-
-def _unit_impulse(shape, dtype=None):
-    """A depthwise kernel that changes nothing."""
-    center = tuple((size - 1) // 2 for size in shape[:-2])
-    impulse = np.zeros(shape)
-    impulse[center] = 1
-    return ops.convert_to_tensor(impulse, dtype=dtype)

@@ -85,9 +85,9 @@ class CrossIterationBatchNormalization(KernelNormalization):
     State and cost:
         The last ``window - 1`` iterations are non-trainable weights, saved with the others, so that training goes on
         where it stopped. They are as large as ``window - 1`` copies of the kernel, which hold ``dv/dW``, and vectors;
-        ``W_i`` itself is not needed, since ``<dm_i/dW, W_i>`` and ``<dv_i/dW, W_i>`` are. A training call computes one
-        more gradient of the kernel and reads and writes that memory once; the backward pass is that of batch
-        normalization. Inference costs nothing more.
+        for depthwise kernels, ``dm/dW`` is as large. ``W_i`` itself is not needed, since ``<dm_i/dW, W_i>`` and
+        ``<dv_i/dW, W_i>`` are. A training call computes one more gradient of the kernel and reads and writes that
+        memory once; the backward pass is that of batch normalization. Inference costs nothing more.
 
     Raises:
         ValueError: For bad arguments when the layer is made; for integer inputs when it is called.

@@ -1,6 +1,7 @@
 """Chooses the weight that an example has in its own statistics at inference, for ghost batch normalization."""
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 
 import keras
 
@@ -26,7 +27,7 @@ def choose_inference_example_weight(
 
     Args:
         model: A compiled model with `keras_proxynorm.baselines.GhostBatchNormalization` in it.
-        x: Validation data, as for ``model.evaluate``.
+        x: Validation data, as for ``model.evaluate``, but not a generator: each candidate gets the same data.
         y: Their targets, as for ``model.evaluate``.
         candidates: The weights to try, from 0 to 1. Of equally good ones the first is taken.
         monitor: The name of the loss or metric to go by. Defaults to ``"loss"``.
@@ -60,6 +61,11 @@ def choose_inference_example_weight(
         )
     if mode not in ("min", "max"):
         raise ValueError(f"Argument `mode` must be 'min' or 'max'. Received: mode={mode!r}")
+    if isinstance(x, Iterator):
+        raise ValueError(
+            "Argument `x` must be data that can be read again for each candidate: arrays, a keras.utils.PyDataset or a "
+            f"dataset. Received: x={x!r}"
+        )
     before = [layer.inference_example_weight for layer in layers]
     values: dict[float, float] = {}
     try:
@@ -83,5 +89,7 @@ def choose_inference_example_weight(
 def _set(model, layers, weights):
     for layer, weight in zip(layers, weights, strict=True):
         layer.inference_example_weight = weight
-    # What is traced has the old weight in it.
-    model.test_function = model.predict_function = None
+    # What is traced has the old weight in it, also in models inside this one.
+    for traced in [model, *model._flatten_layers(include_self=False)]:
+        if isinstance(traced, keras.Model):
+            traced.test_function = traced.predict_function = None

@@ -43,7 +43,8 @@ class GhostBatchNormalization(MovingStatisticsLayer):
 
     Args:
         examples_per_group: Positive integer, how many consecutive examples share their statistics. If it does not
-            divide the batch, the last group has those that are left. None for the whole batch. Defaults to 16.
+            divide the batch, the last group has those that are left. None for the whole batch. Defaults to 16, a
+            choice of this project.
         channel_groups: Integer that divides the number of channels: the number of groups of channels that share their
             statistics. Defaults to None, one for each channel.
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
@@ -167,8 +168,8 @@ class GhostBatchNormalization(MovingStatisticsLayer):
 class L2TowardOne(keras.regularizers.Regularizer):
     """The penalty ``l2 * sum((x - 1) ** 2)``, for scales, whose neutral value is 1.
 
-    As in `keras.regularizers.L2` there is no factor 1/2: a weight decay of `wd` is ``l2 = wd / 2``. The paper says that
-    it decays scales; its code decays them towards one, which is what this does.
+    As in `keras.regularizers.L2` there is no factor 1/2: a weight decay of `wd` is ``l2 = wd / 2``. That scales decay
+    toward one is read in the code of the paper's authors, which leaves the coefficient at 0.
 
     Args:
         l2: Float, not negative.

@@ -40,6 +40,12 @@ class KernelNormalization(NormalizationLayer):
                 f"{type(self).__name__}, and the activation comes behind it. Received: layer={layer!r} with "
                 f"use_bias={layer.use_bias}, activation={layer.activation!r}"
             )
+        if layer.activity_regularizer is not None:
+            raise ValueError(
+                "Argument `layer` must be a layer without activity_regularizer; give it to "
+                f"{type(self).__name__}. Received: layer={layer!r} with "
+                f"activity_regularizer={layer.activity_regularizer!r}"
+            )
         axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
         super().__init__(axis=axis, **kwargs)
         self.layer = layer
@@ -68,6 +74,9 @@ class KernelNormalization(NormalizationLayer):
 
     def call(self, inputs, training=None):
         self._check_dtype(inputs)
+        unfit = self.why_unfit(self.layer)  # Keras quantizes what is inside of layers, too.
+        if unfit is not None:
+            raise ValueError(f"{type(self).__name__} cannot work with {self.layer.name!r}, {unfit}.")
         # The kernel itself, which is not cast in here, since `autocast` is False.
         kernel = ops.convert_to_tensor(self.layer.kernel)
         dtype = computation_dtype(kernel.dtype, self.variable_dtype)

@@ -8,7 +8,15 @@ import numpy as np
 
 from keras_proxynorm.surgery.graph import cannot_clone
 
-__all__ = ["carry_by_name", "carry_compile_state", "carry_own_weights", "carry_state", "dtype_of", "late_regularizers"]
+__all__ = [
+    "carry_by_name",
+    "carry_compile_state",
+    "carry_group_statistics",
+    "carry_own_weights",
+    "carry_state",
+    "dtype_of",
+    "late_regularizers",
+]
 
 
 def dtype_of(layer: keras.layers.Layer):
@@ -81,6 +89,22 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
                 weight.assign(_copy(old))
                 copied.append(weight.name)
     return copied
+
+
+def carry_group_statistics(source: keras.layers.BatchNormalization, target: keras.layers.Layer) -> bool:
+    """Sets moving statistics of groups of channels to what those of the channels say of the groups.
+
+    Returns:
+        Whether that was possible: groups of parts of channels have statistics that no channel tells.
+    """
+    mean, variance = _copy(source.moving_mean), _copy(source.moving_variance)
+    groups = target.moving_mean.shape[0]
+    if len(mean) % groups:
+        return False
+    mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
+    target.moving_mean.assign(mean.mean(1))
+    target.moving_variance.assign(variance.mean(1) + mean.var(1))
+    return True
 
 
 def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: keras.Model, weights: bool = True) -> bool:

@@ -223,6 +223,8 @@ def _decide(used: list[tuple[Graph, Call]], calls, selects, target: Target) -> D
         return Decision(
             layer, path, LEFT, reason=reason or f"{type(layer).__name__} that does not feed one activation alone"
         )
+    if reason is not None and not target.normalizes_alone:
+        return Decision(layer, path, LEFT, reason=reason)
     follows = any(_activation_follows(graph, call.output) for graph, call in used)
     return Decision(layer, path, PLAIN, channels, activation_follows=follows, reason=reason, linear=linear)
 

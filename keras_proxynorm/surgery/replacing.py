@@ -8,10 +8,12 @@ from typing import Literal
 
 import keras
 
+from keras_proxynorm.baselines import BatchGroupNormalization
 from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.carrying import carry_by_name
 from keras_proxynorm.surgery.carrying import carry_compile_state
+from keras_proxynorm.surgery.carrying import carry_group_statistics
 from keras_proxynorm.surgery.carrying import carry_own_weights
 from keras_proxynorm.surgery.carrying import carry_state
 from keras_proxynorm.surgery.carrying import dtype_of
@@ -262,6 +264,10 @@ def _carry(plan: Plan, cloner: Cloner, changed: set[int], copies: bool):
         elif decision is not None and decision.is_replaced:
             for layer in cloner.replacements(source):
                 carried = carry_by_name(source, layer, copies)
+                of_groups = isinstance(layer, BatchGroupNormalization) and "moving_mean" not in carried
+                of_channels = isinstance(source, keras.layers.BatchNormalization)
+                if copies and of_groups and of_channels and not carry_group_statistics(source, layer):
+                    yield f"The moving statistics of '{source.name}' are those of channels. Those of parts start anew."
                 if "moving_mean" in carried and decision.linear is not None and decision.linear.use_bias:
                     # Of the outputs without the bias.
                     layer.moving_mean.assign(layer.moving_mean - keras.ops.convert_to_tensor(decision.linear.bias))

@@ -25,6 +25,8 @@ def _with_own_nonlinearity(layer_class):
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind != p.VAR_KEYWORD]
     variable = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     make.__signature__ = inspect.Signature([*parameters, activation, variable])  # type: ignore[attr-defined]
+    # Without the nonlinearity, that of EvoNorm is but a scale and an offset.
+    make.normalizes_alone = layer_class is baselines.FilterResponseNormalization  # type: ignore[attr-defined]
     return make
 
 
@@ -116,6 +118,11 @@ class Target:
     def fuses(self) -> bool:
         """Whether the layers contain the activation."""
         return "activation" in self._named
+
+    @property
+    def normalizes_alone(self) -> bool:
+        """Whether the layers normalize, too, if they do not contain the activation."""
+        return getattr(self.factory, "normalizes_alone", True)
 
     @property
     def contains_linear(self) -> bool:

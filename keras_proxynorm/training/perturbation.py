@@ -34,7 +34,7 @@ def perturbations(
         rho: The radius.
         adaptive: None, ``"elementwise"`` or ``"layerwise"``.
         norm: ``"l2"`` or ``"linf"``.
-        eta: What keeps the scales of small weights away from 0.
+        eta: What is added to elementwise scales, and the share that is added to layerwise ones.
     """
     gradients = [_float32(g, like=w) / loss_scale for w, g in zip(weights, gradients, strict=True)]
     scales = [_scale(w, adaptive if own else None, eta) for w, own in zip(weights, adapted, strict=True)]

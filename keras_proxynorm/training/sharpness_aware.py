@@ -15,6 +15,8 @@ from keras_proxynorm.training.perturbation import perturbations
 
 __all__ = ["SharpnessAwareMinimization"]
 
+_STEPS = ("train_step", "test_step", "compute_loss", "compute_metrics")
+
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class SharpnessAwareMinimization(keras.Model):
@@ -33,7 +35,8 @@ class SharpnessAwareMinimization(keras.Model):
 
     Compile and fit it as any model: data, weights of samples, callbacks, mixed precision, XLA, `steps_per_execution`
     and saving work as ever. Loss and metrics that training reports are those of the first pass, so at ``w``. The model
-    shares its weights with ``.model``, which is what to export.
+    shares its weights with ``.model``, which is what to export. A step is that of `keras.Model`: models with a
+    `train_step` or a `compute_loss` of their own are refused.
 
     - With `tf.distribute`, each replica perturbs by the gradient of its own share of the batch, as the authors of SAM
       do ("m-sharpness"). With JAX's `keras.distribution`, the gradient is that of the whole batch.
@@ -43,12 +46,14 @@ class SharpnessAwareMinimization(keras.Model):
 
     Args:
         model: The `keras.Model` to train.
-        rho: The radius of the perturbation. With 0, steps are exactly those of the optimizer.
+        rho: The radius of the perturbation. With 0, steps are exactly those of the optimizer. It can be set at any
+            time, as by a callback, for some epochs with the optimizer alone.
         adaptive: None for SAM, ``T = 1``. For ASAM, ``"elementwise"``, ``T = |w| + eta``, or ``"layerwise"``,
             ``T = (1 + eta) * |w|`` with the Euclidean norm of each variable. Biases and offsets, whose names end with
             ``bias`` or ``beta``, keep ``T = 1``.
         norm: ``"l2"`` or ``"linf"``.
-        eta: What keeps the scales of small weights away from 0.
+        eta: With ``"elementwise"``, what keeps the scales of small weights away from 0: with 0, offsets and scales that
+            start at 0 are not perturbed. With ``"layerwise"`` a factor, so that a variable of zeros never is.
         scope: Which of the trainable variables are perturbed: ``"norm"`` for those named exactly ``gamma`` or
             ``beta``, ``"all"``, or a predicate, a function of a variable. To save the model, register the predicate
             with `keras.saving.register_keras_serializable`.
@@ -100,9 +105,8 @@ class SharpnessAwareMinimization(keras.Model):
         **kwargs: Any,
     ):
         _check("model", model, isinstance(model, keras.Model), "a keras.Model")
-        for argument, number in (("rho", rho), ("eta", eta)):
-            valid = isinstance(number, Real) and not isinstance(number, bool) and 0 <= number < math.inf
-            _check(argument, number, valid, "a finite number that is not negative")
+        own = [step for step in _STEPS if getattr(type(model), step) is not getattr(keras.Model, step)]
+        _check("model", model, not own, f"a keras.Model without {', '.join(_STEPS)} of its own, but has {own}")
         _check("adaptive", adaptive, adaptive in ADAPTIVE, f"one of {ADAPTIVE}")
         _check("norm", norm, norm in NORMS, f"one of {NORMS}")
         _check("scope", scope, scope in ("norm", "all") or callable(scope), '"norm", "all" or a function of a variable')
@@ -115,10 +119,10 @@ class SharpnessAwareMinimization(keras.Model):
         # The policy decides about loss scaling, in `compile`.
         super().__init__(name=name, **{"dtype": model.dtype_policy, **kwargs})
         self.model = model
-        self.rho = float(rho)
+        self.rho = rho
         self.adaptive = adaptive
         self.norm = norm
-        self.eta = float(eta)
+        self.eta = _radius("eta", eta)
         self.scope = scope
         self.perturb_proxies = perturb_proxies
         self.normalize_bias = normalize_bias
@@ -127,6 +131,17 @@ class SharpnessAwareMinimization(keras.Model):
         self._convert_input_args = model._convert_input_args
         self._allow_non_tensor_positional_args = model._allow_non_tensor_positional_args
         self.built = model.built
+
+    @property
+    def rho(self) -> float:
+        """The radius of the perturbation."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho):
+        self._rho = _radius("rho", rho)
+        # What is traced has the old one in it.
+        self.train_function = None
 
     def call(self, inputs, training=None):
         return self.model(inputs, training=training)  # also if the `call` of the model does not take it
@@ -204,6 +219,12 @@ class SharpnessAwareMinimization(keras.Model):
             for key in ("model", "scope")
         }
         return cls(**{**config, **objects})
+
+
+def _radius(argument, number):
+    valid = isinstance(number, Real) and not isinstance(number, bool) and 0 <= number < math.inf
+    _check(argument, number, valid, "a finite number that is not negative")
+    return float(number)
 
 
 def _check(argument, value, valid, what):

@@ -6,6 +6,7 @@ import pytest
 from backends import BACKEND
 from backends import check_gradients
 from backends import float64_allowed
+from backends import needs_float64
 from backends import numpy
 from backends import tensors
 from baselines.samples import normal
@@ -72,7 +73,9 @@ def test_without_the_filter_it_is_the_convolution(size, strides, padding, shape,
     monkeypatch.setattr("keras_proxynorm.baselines.convolutional.filter_frequencies", lambda x, *_: x)
     convolution = keras.layers.Conv2D(6, size, strides=strides, padding=padding, use_bias=False)
     layer, x = built((2, *shape, 4), convolution, center=False, scale=False), normal(2, *shape, 4)
-    np.testing.assert_allclose(numpy(layer(*tensors(x))), numpy(convolution(*tensors(x))), rtol=1e-4, atol=1e-5)
+    # Of filters of length 1, which is what is filtered.
+    expected = numpy(convolution(*tensors(x))) / np.sqrt(np.sum(np.square(kernel_of(layer)), (0, 1, 2)))
+    np.testing.assert_allclose(numpy(layer(*tensors(x))), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", "causal"])
@@ -134,16 +137,62 @@ def test_the_depthwise_kernel_starts_as_an_identity():
     assert np.all(numpy(drawn.depthwise_kernel.value) != 0)
 
 
+def test_the_depthwise_kernel_starts_with_the_scale():
+    scales = np.arange(1.0, 7.0)
+    convolution = keras.layers.Conv2D(6, 3, use_bias=False)
+    layer = ConvolutionalNormalization(
+        convolution, gamma_initializer=lambda shape, dtype: scales.astype(dtype).reshape(shape)
+    )
+    x = normal(2, 6, 6, 4)
+    expected = scales * numpy(ConvolutionalNormalization(convolution)(*tensors(x)))
+    np.testing.assert_allclose(numpy(layer(*tensors(x))), expected, rtol=1e-4, atol=1e-5)
+
+
+# For edges, averages and curvature: of some frequencies they let nothing through.
+FILTERS = {
+    "sobel": [[1, 0, -1], [2, 0, -2], [1, 0, -1]],
+    "box": [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "laplace": [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_rounding_is_not_amplified_where_a_filter_lets_nothing_through(name):
+    x, results = normal(4, 12, 12, 1), {}
+    for policy in ("float64", "float32", "mixed_float16", "mixed_bfloat16"):
+        with float64_allowed():
+            convolution = keras.layers.Conv2D(1, 3, padding="same", use_bias=False, dtype=policy)
+            layer = ConvolutionalNormalization(convolution, dtype=policy)
+            layer.build(x.shape)
+            convolution.kernel.assign(0.1 * np.reshape(FILTERS[name], (3, 3, 1, 1)))
+            y = layer(*tensors(x, dtype="float64" if policy == "float64" else "float32"))
+            results[policy] = numpy(keras.ops.cast(y, "float32"))
+    assert 1 < np.abs(results["float64"]).max() < 10
+    for policy, tolerance in (("float32", 1e-4), ("mixed_float16", 0.1), ("mixed_bfloat16", 0.8)):
+        np.testing.assert_allclose(results[policy], results["float64"], rtol=0, atol=tolerance)
+
+
+def test_large_kernels_do_not_overflow_in_half_precision():
+    layer = ConvolutionalNormalization(keras.layers.Conv2D(6, 3, use_bias=False, dtype="mixed_float16"), center=False)
+    x = normal(2, 6, 6, 4)
+    layer.build(x.shape)
+    before = numpy(layer(*tensors(x)))
+    layer.layer.kernel.assign(1e5 * kernel_of(layer))
+    np.testing.assert_allclose(numpy(layer(*tensors(x))), before, rtol=1e-2, atol=1e-2)
+
+
 def test_batch_normalization_at_the_end():
     convolution = keras.layers.Conv2D(6, 3, use_bias=False)
     plain, layer = (built((8, 6, 6, 4), convolution, batch_normalization=b, momentum=0.5) for b in (False, True))
     x = normal(8, 6, 6, 4)
-    expected = keras.layers.BatchNormalization(epsilon=1e-5, momentum=0.5, center=False, scale=False)
+    expected = keras.layers.BatchNormalization(epsilon=1e-5, momentum=0.5)
     expected.build(plain.compute_output_shape(x.shape))
     expected.set_weights(layer.norm.get_weights())
     for training in (True, False):
         y = numpy(layer(*tensors(x), training=training))
         np.testing.assert_allclose(y, numpy(expected(plain(*tensors(x)), training=training)), rtol=1e-4, atol=1e-5)
+    without = built((8, 6, 6, 4), convolution, batch_normalization=True, center=False, scale=False)
+    assert [len(norm.trainable_weights) for norm in (layer.norm, without.norm)] == [2, 0]
 
 
 @pytest.mark.parametrize("momentum", [None, 0.75])
@@ -172,11 +221,15 @@ def test_moving_spectrum(momentum, size):
         built((None, None, None, 4), keras.layers.Conv2D(6, 3, use_bias=False), moving_spectrum=True)
 
 
+@needs_float64
 def test_gradients_take_the_spectrum_for_a_constant(monkeypatch):
     x = normal(2, 5, 4, 3, dtype="float64")
     with float64_allowed():
         layer = built(x.shape, keras.layers.Conv2D(4, 3, use_bias=False, dtype="float64"), dtype="float64")
-        gain = layer._inverse_gain(*tensors(kernel_of(layer), dtype="float64"), [7, 6], False)
+        (kernel,) = tensors(kernel_of(layer), dtype="float64")
+        inverse_length = layer._inverse_length(kernel)
+        monkeypatch.setattr(layer, "_inverse_length", lambda *_: inverse_length)
+        gain = layer._inverse_gain(kernel * inverse_length, inverse_length, [7, 6], False)
         monkeypatch.setattr(layer, "_inverse_gain", lambda *_: gain)
         frozen = [numpy(v.value) for v in layer.trainable_variables]
 

@@ -49,6 +49,17 @@ def test_values_are_those_of_the_model_with_that_weight():
         np.testing.assert_allclose(value, error, rtol=1e-5)
 
 
+def test_models_inside_and_outside_see_the_new_weight():
+    inner, (x, y) = make_model(layers=1), validation()
+    inner.predict(x, verbose=0)
+    outer = keras.Sequential([keras.Input((8, 8, 2)), inner])
+    outer.compile(loss="mse")
+    choose_inference_example_weight(outer, x, y, candidates=(0.7,), verbose=0)
+    expected = numpy(inner(x))
+    np.testing.assert_allclose(inner.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outer.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_monitor_and_mode():
     model, (x, y) = make_model(), validation()
     values = choose_inference_example_weight(model, x, y, monitor="mae", mode="max", candidates=[0, 1], verbose=0)
@@ -72,6 +83,8 @@ def test_an_error_leaves_the_model_as_it_was():
 
 def test_bad_arguments():
     x, y = validation()
+    with pytest.raises(ValueError, match="`x` must be data that can be read again.*Received: x=<generator"):
+        choose_inference_example_weight(make_model(), ((x, y) for _ in range(2)))
     with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'. Received: mode='auto'"):
         choose_inference_example_weight(make_model(), x, y, mode="auto")
     with pytest.raises(ValueError, match="`model` must have GhostBatchNormalization layers in it"):

@@ -14,6 +14,7 @@ from backends import check_gradients
 from backends import compiled
 from backends import float64_allowed
 from backends import gradients
+from backends import needs_float64
 from backends import numpy
 from backends import tensors
 from baselines.samples import ALONE
@@ -173,6 +174,7 @@ def test_ranks(name, shape):
     np.testing.assert_allclose(numpy(layer(*tensors(x), **kwargs)), expected, rtol=1e-5, atol=1e-5)
 
 
+@needs_float64
 @every_baseline
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients(name, training):
@@ -316,9 +318,19 @@ def test_bad_shapes_and_integers(name):
         (keras.layers.Conv2D(8, 3), "`layer`.*use_bias=False.*Received.*use_bias=True"),
         (keras.layers.Conv2D(8, 3, use_bias=False, activation="relu"), "`layer`.*without activation"),
         (keras.layers.Embedding(8, 3), "`layer` must be a layer of the kind.*which is a Embedding"),
+        (keras.layers.Conv2D(8, 3, use_bias=False, activity_regularizer="l2"), "`layer`.*without activity_regularizer"),
         ("conv", "`layer` must be"),
     ],
 )
 def test_bad_layers(name, layer, message):
     with pytest.raises(ValueError, match=message):
         CONTAINING[name](layer)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTAINING if name != "convolutional"])
+def test_a_kernel_that_was_quantized_later(name):
+    layer = CONTAINING[name](keras.layers.Dense(8, use_bias=False))
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="cannot work with 'dense.*whose kernel is quantized or adapted"):
+        model(np.ones((2, 4), "float32"))

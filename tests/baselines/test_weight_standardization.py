@@ -6,6 +6,7 @@ import pytest
 from backends import check_gradients
 from backends import float64_allowed
 from backends import gradients
+from backends import needs_float64
 from backends import numpy
 from backends import tensors
 from baselines.samples import normal
@@ -108,6 +109,7 @@ def test_scale_and_offset_of_a_filter_do_not_matter(case):
     assert np.abs(numpy(layer(*tensors(x))) - expected).max() > 0.1
 
 
+@needs_float64
 @pytest.mark.parametrize("case", ["dense", "conv2d", "depthwise"])
 def test_gradients(case):
     x = normal(*CASES[case][1], dtype="float64")

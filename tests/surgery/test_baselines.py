@@ -109,6 +109,41 @@ def test_a_nonlinearity_stands_where_an_activation_was(to):
     assert [model.get_layer(name).nonlinearity for name in ("relu1", "silu2", "norm3")] == [True, True, False]
 
 
+@pytest.mark.parametrize("to, action", [("filter_response_norm", "plain"), ("evonorm_s0", "left alone")])
+def test_where_the_activation_cannot_be_contained(to, action):
+    """Without its nonlinearity EvoNorm is a scale and an offset, which are no normalization."""
+    inputs = keras.Input((8, 8, 3))
+    norm = keras.layers.BatchNormalization(name="norm")(keras.layers.Conv2D(8, 3)(inputs))
+    two = keras.layers.BatchNormalization()(keras.layers.PReLU(name="prelu")(norm))
+    source = keras.Model(inputs, keras.layers.ReLU()(two))
+    _, report = kp.replace_normalization(source, to=to, return_report=True)
+    assert [layer.action for layer in report.layers] == [action, "fused"]
+    assert report.layers[0].reason == "prelu (PReLU) cannot be contained in it"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_statistics_of_channels_become_those_of_groups(groups):
+    """Of channels that each are two values, their mean plus or minus their standard deviation."""
+    source = keras.Sequential([keras.Input((2, 8)), keras.layers.BatchNormalization()])
+    mean, variance = np.random.default_rng(0).uniform(0.5, 2, (2, 8)).astype("float32")
+    source.layers[0].moving_mean.assign(mean)
+    source.layers[0].moving_variance.assign(variance)
+    norm = kp.replace_normalization(source, to="batch_group_norm", groups=groups, min_channels_per_group=1).layers[0]
+    values = np.stack([mean - np.sqrt(variance), mean + np.sqrt(variance)]).T.reshape(groups, -1)
+    np.testing.assert_allclose(numpy(norm.moving_mean.value), values.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(numpy(norm.moving_variance.value), values.var(1), rtol=1e-5)
+
+
+def test_statistics_of_parts_of_channels_start_anew():
+    source = keras.Sequential([keras.Input((4, 4, 2)), keras.layers.BatchNormalization(name="norm")])
+
+    def factory(**kwargs):
+        return bl.BatchGroupNormalization(8, name=kwargs["name"], dtype=kwargs["dtype"])
+
+    with pytest.warns(UserWarning, match="of 'norm' are those of channels. Those of parts start anew"):
+        kp.replace_normalization(source, to=factory)
+
+
 @pytest.mark.parametrize("to", CONTAINING)
 def test_frozen_layers_stay_frozen(to):
     name = "relu1" if Target(to, {}).fuses else "norm1"

@@ -151,6 +151,31 @@ def test_what_is_not_finite_perturbs_nothing():
     assert all(numpy(move).any() for move in perturbations(weights, [np.ones(3), np.ones(2)], [True] * 2, **arguments))
 
 
+@pytest.mark.parametrize("adaptive, moves", [(None, True), ("elementwise", True), ("layerwise", False)])
+def test_weights_of_zero(adaptive, moves):
+    arguments = {"loss_scale": 1.0, "rho": 0.1, "adaptive": adaptive, "norm": "l2"}
+    ((move,), (other,)) = (
+        perturbations([np.zeros(3, "float32")], [np.ones(3, "float32")], [True], eta=eta, **arguments)
+        for eta in (0.01, 0.0)
+    )
+    assert np.all(np.isfinite(numpy(move))) and bool(numpy(move).all()) is moves
+    assert bool(numpy(other).any()) is (adaptive is None)
+
+
+def test_the_radius_can_be_set_between_steps():
+    x, y = data()
+    sam = SharpnessAwareMinimization(make_model(), 0.3)
+    sam.compile(keras.optimizers.SGD(RATE), "mse")
+    for rho in (0.3, 0.0, 0.6):
+        sam.rho = rho
+        expected = step_by_formula(weights_of(sam), x, y, rho=rho)
+        sam.train_on_batch(x, y)
+        assert_weights(sam, expected)
+    with pytest.raises(ValueError, match="`rho` must be .*Received: rho=-1"):
+        sam.rho = -1
+    assert sam.rho == 0.6
+
+
 # Steps by hand.
 
 
@@ -637,6 +662,18 @@ WRONG = {
     "normalize_bias": [None],
     "update_moving_statistics": ["never", 2],
 }
+
+
+class OwnLoss(keras.Model):
+    def compute_loss(self, *args, **kwargs):
+        return 100 * super().compute_loss(*args, **kwargs)
+
+
+def test_models_with_a_step_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="`model` must be .* without train_step.* but has \\['compute_loss'\\]"):
+        SharpnessAwareMinimization(OwnLoss())
+    with pytest.raises(ValueError, match="but has \\['train_step'\\]"):
+        SharpnessAwareMinimization(SharpnessAwareMinimization(make_model()))
 
 
 @pytest.mark.parametrize("argument", WRONG)
