@@ -3,7 +3,7 @@
     python benchmarks/comparison_table.py
 
 takes a second. It reads what examples/compare.py and benchmarks/normalization_cost.py have written:
-docs/comparison/compare.csv and the newest results/normalization_cost-*.csv.
+docs/comparison/compare.csv and results/normalization_cost-*.csv.
 """
 
 import csv
@@ -128,16 +128,15 @@ def make_table(comparison, costs):
     return "\n".join(lines) + "\n"
 
 
-def newest_costs():
-    """The file of benchmarks/normalization_cost.py that was written last."""
-    return max(
-        (ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"), key=lambda path: path.stat().st_mtime
-    )
+def measured_table():
+    """The table of what was measured last, as far as the names of the files, which have versions in them, tell."""
+    costs = sorted((ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"))[-1]
+    return make_table(read(ROOT / "docs" / "comparison" / "compare.csv"), read(costs))
 
 
 def main():
     """Prints the table."""
-    print(make_table(read(ROOT / "docs" / "comparison" / "compare.csv"), read(newest_costs())), end="")
+    print(measured_table(), end="")
 
 
 if __name__ == "__main__":
