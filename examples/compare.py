@@ -478,6 +478,13 @@ def plot(file, rows):
         )
         if stddevs.any():
             ax.errorbar(x, means, stddevs, fmt="none", color=line.get_color(), capsize=2, linewidth=1)
+    # What diverged is at chance, and would press all others together.
+    values = {(name, size): 100 * mean for name in order for size, (mean, _) in summary[name].items()}
+    shown = [value for value in values.values() if value > max(values.values()) / 2]
+    below = [f"{name} {value:.1f} at {size}" for (name, size), value in values.items() if value < min(shown)]
+    if below:
+        ax.set_ylim(bottom=min(shown) - 2)
+        ax.set_title("Below the frame: " + ",\n".join(below), fontsize="small")
     ax.set_xscale("log", base=2)
     ax.set_xticks(batch_sizes, batch_sizes)
     ax.set_xlabel("batch size")
