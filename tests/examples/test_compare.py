@@ -407,6 +407,26 @@ def test_lines_of_the_plot_can_be_told_apart(compare, data, arguments, monkeypat
     plt.close(figure)
 
 
+@pytest.mark.parametrize("accuracies, bottom", [((0.9, 0.8, 0.1), 78), ((0.9, 0.1, 0.1), 88), ((0, 0, 0), None)])
+def test_what_diverged_is_below_the_frame(compare, data, arguments, monkeypatch, tmp_path, accuracies, bottom):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    cells = cells_of(compare, "norm", batch_sizes=[2, 8, 64])
+    rows = zip(sorted(cells, key=lambda cell: cell.batch_size), accuracies, strict=True)
+    rows = {cell: row_of(compare, cell, data, arguments, test_accuracy=str(accuracy)) for cell, accuracy in rows}
+    compare.plot(tmp_path / "plot.png", rows)
+    monkeypatch.undo()
+    ax = kept[0].axes[0]
+    title = ax.get_title()
+    if bottom is None:
+        assert title == "" and ax.get_ylim()[0] < 0
+    else:
+        assert ax.get_ylim()[0] == pytest.approx(bottom)
+        assert title.startswith("Below the frame: ") and title.count("norm 10.0 at") == accuracies.count(0.1)
+    plt.close(kept[0])
+
+
 @pytest.mark.parametrize(
     "options",
     [
