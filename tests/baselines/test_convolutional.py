@@ -156,6 +156,7 @@ FILTERS = {
 }
 
 
+@needs_float64
 @pytest.mark.parametrize("name", FILTERS)
 def test_rounding_is_not_amplified_where_a_filter_lets_nothing_through(name):
     x, results = normal(4, 12, 12, 1), {}
