@@ -22,7 +22,7 @@ where it was, with other normalizations, batch sizes and seeds if you like, also
 table, compare.md, and the plot, compare.png, show all cells of the file.
 
 The default images are the handwritten digits that come with scikit-learn, enlarged. Nothing is downloaded. The default
-takes five minutes on two cores, and a cell with Fashion-MNIST one to two minutes at batch size 2, half of it at 64;
+takes a few minutes on two cores, and a cell with Fashion-MNIST one to two minutes at batch size 2, half of it at 64;
 cross-iteration and convolutional normalization take two to three times as long.
 """
 
