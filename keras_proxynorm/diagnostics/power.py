@@ -17,11 +17,11 @@ from keras_proxynorm.diagnostics.observation import distinct
 from keras_proxynorm.diagnostics.observation import is_normalization
 from keras_proxynorm.diagnostics.observation import is_visible
 from keras_proxynorm.diagnostics.observation import left_unchanged
-from keras_proxynorm.diagnostics.observation import normalized_input
-from keras_proxynorm.diagnostics.observation import observed
 from keras_proxynorm.diagnostics.plots import plot_powers
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.layers.observation import normalized_input
+from keras_proxynorm.layers.observation import observed
 
 __all__ = ["PowerDecomposition", "channel_powers", "decomposition", "power_decomposition"]
 

@@ -20,11 +20,11 @@ from keras_proxynorm.diagnostics.observation import distinct
 from keras_proxynorm.diagnostics.observation import has_activation
 from keras_proxynorm.diagnostics.observation import is_visible
 from keras_proxynorm.diagnostics.observation import left_unchanged
-from keras_proxynorm.diagnostics.observation import observed
 from keras_proxynorm.diagnostics.plots import plot_signal
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.streaming import StreamingMoments
 from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.layers.observation import observed
 
 __all__ = ["SignalPropagation", "signal_propagation"]
 

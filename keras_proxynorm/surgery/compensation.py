@@ -18,7 +18,7 @@ __all__ = ["compensate_in", "find_compensations"]
 
 
 def find_compensations(
-    plan: Plan, layer_of: Callable[[keras.layers.Layer], keras.layers.Layer]
+    plan: Plan, layer_of: Callable[[keras.layers.Layer], keras.layers.Layer], approximate: bool = False
 ) -> tuple[list[Absorption], list[Uncompensated]]:
     """Follows the output of each layer with proxy normalization to the linear layers that read it.
 
@@ -26,9 +26,11 @@ def find_compensations(
         plan: From `make_plan`.
         layer_of: The layer with the activation that replaces a normalization layer. It is asked for when values are
             computed, not before.
+        approximate: As for `follow_rescalings`.
 
     Returns:
-        The layers that can take the rescaling back exactly, and the places where that is not possible.
+        The layers that can take the rescaling back, exactly unless `approximate`, and the places where that is not
+        possible.
     """
 
     def source(graph, call):
@@ -44,7 +46,7 @@ def find_compensations(
         axis = channel_axis(decision.layer) % len(graph.shapes[call.inputs[0]])
         return Rescaling(axis, (decision.path,), True, values)
 
-    compensations, losses = follow_rescalings(list(plan.graphs), plan.calls, source)
+    compensations, losses = follow_rescalings(list(plan.graphs), plan.calls, source, approximate=approximate)
     return compensations, [Uncompensated(*loss) for loss in losses]
 
 

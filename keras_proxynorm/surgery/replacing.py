@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 from typing import Literal
 
 import keras
@@ -11,6 +12,10 @@ import keras
 from keras_proxynorm.baselines import BatchGroupNormalization
 from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.surgery.activation_nodes import describe_activation
+from keras_proxynorm.surgery.calibration import calibrate_layers
+from keras_proxynorm.surgery.calibration import can_calibrate
+from keras_proxynorm.surgery.calibration import channel_moments_of_outputs
+from keras_proxynorm.surgery.calibration import set_affine
 from keras_proxynorm.surgery.carrying import carry_by_name
 from keras_proxynorm.surgery.carrying import carry_compile_state
 from keras_proxynorm.surgery.carrying import carry_group_statistics
@@ -48,6 +53,7 @@ def replace_normalization(
     min_channels_per_group: int = 4,
     weights: Literal["copy", "fresh"] = "copy",
     compensate: bool = False,
+    calibrate: Any = None,
     center: bool | None = None,
     layers: LayerSelection = None,
     return_report: bool = False,
@@ -90,6 +96,12 @@ def replace_normalization(
             cropping, flattening, dropout (at inference) and concatenation. Layers without bias get one. The report says
             where it was not possible; there, weights stay as they are. Regularizers and constraints of kernels see the
             new values.
+        calibrate: A batch of inputs, as for a call of the model: an array of some dozen samples of the data that the
+            new model is for, or what else the model takes. On these the new model then does, channel by channel, what
+            the old one does: scales and offsets are set so that the input of each activation has the mean and the
+            standard deviation that it has in the old model, and proxies to those of the normalized input. Implies
+            `compensate`, which then also takes back what it can only nearly: behind zero padding, but for the border,
+            and behind gates, but for the offset. For group, layer and instance norm, with or without proxies.
         center: Whether layers without activation have an offset. By default they have one where weights are copied;
             with fresh weights they have one where an activation follows later, as behind the sum in a ResNet, and none
             elsewhere, as in the paper. An offset that was not there is never added by default.
@@ -159,9 +171,13 @@ def replace_normalization(
 
     compensations: list[Absorption] = []
     uncompensated: list[Uncompensated] = []
+    if calibrate is not None:
+        compensate = _check_calibrate(copies, target, plan, make)
     if compensate:
         _check_compensate(compensate, copies, target, plan, make)
-        compensations, uncompensated = find_compensations(plan, lambda layer: cloner.activated[id(layer)])
+        compensations, uncompensated = find_compensations(
+            plan, lambda layer: cloner.activated[id(layer)], approximate=calibrate is not None
+        )
     # Layers that have no bias get one. What a layer says about the bias that it has not was never meant to act.
     bias = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
     changed = {id(x.layer): bias for x in compensations if not x.layer.use_bias}
@@ -172,8 +188,13 @@ def replace_normalization(
 
     notes = [*cloner.notes, *_hidden(plan), *_shared_inside(plan), *_frozen_with(plan)]
     notes += _carry(plan, cloner, set(changed), copies)
+    wanted = [] if calibrate is None else _wanted_moments(plan, cloner, calibrate)
+    for layer, moments in wanted:
+        set_affine(layer, *moments)
     for compensation in compensations:
         compensate_in(cloner.clone(compensation.layer), compensation)
+    if wanted:
+        calibrate_layers(new_model, wanted, calibrate)
     notes += _late_regularizers(cloner)
     notes += carry_compile_state(model, new_model)
     layer_reports = tuple(_layer_report(decision, cloner, copies) for decision in plan.decisions.values())
@@ -248,6 +269,35 @@ def _check_compensate(compensate, copies, target, plan: Plan, make):
             "Argument `compensate` undoes proxy normalization, so it needs layers that have it, with the method "
             f"`activation_moments`. Received: compensate=True, to={target.name!r}"
         )
+
+
+def _check_calibrate(copies, target, plan: Plan, make):
+    """Whether there is something to compensate for."""
+    if not copies:
+        raise ValueError(
+            "Argument `calibrate` makes the new model do what the old one does, so it needs weights='copy'. "
+            "Received: weights='fresh'"
+        )
+    for decision in (decision for decision in plan.decisions.values() if decision.is_replaced):
+        if target.contains_linear or not can_calibrate(make(decision, decision.has_activated)):
+            raise ValueError(
+                "Argument `calibrate` is for group, layer and instance norm, with or without proxy normalization. "
+                f"Received: to={target.name!r}"
+            )
+    return target.fuses
+
+
+def _wanted_moments(plan: Plan, cloner: Cloner, data):
+    """Pairs of the new layers and the moments of the outputs of the old ones."""
+    replaced = [decision.layer for decision in plan.decisions.values() if decision.is_replaced]
+    model = plan.graphs[0].model
+    moments = channel_moments_of_outputs(model, [(layer, channel_axis(layer)) for layer in replaced], data)
+    return [
+        (layer, moments[id(source)])
+        for source in replaced
+        if id(source) in moments
+        for layer in cloner.replacements(source)
+    ]
 
 
 def _carry(plan: Plan, cloner: Cloner, changed: set[int], copies: bool):

@@ -94,6 +94,7 @@ def follow_rescalings(
     calls: Mapping[int, int],
     source: Callable[[Graph, Call], Rescaling | None],
     gated: list[GatedShift] | None = None,
+    approximate: bool = False,
 ) -> tuple[list[Absorption], list[Loss]]:
     """Follows the rescaled outputs of some layers to the linear layers that read them.
 
@@ -102,20 +103,24 @@ def follow_rescalings(
         calls: How often an operation is called in all graphs, by its `id`.
         source: The rescaling that begins with a call, in place of any that its inputs have; None for most.
         gated: If given, shifts are followed through gates, too, and what that takes is appended to this list.
+        approximate: If True, shifts are also followed through zero padding, where they are off at the border, and
+            scales through gates, where the shift is lost.
 
     Returns:
-        The layers that can take a rescaling in exactly, and the places where that is not possible.
+        The layers that can take a rescaling in, exactly unless `approximate`, and the places where that is not
+        possible.
     """
-    return _Search(graphs, calls, source, gated).run()
+    return _Search(graphs, calls, source, gated, approximate).run()
 
 
 class _Search:
-    def __init__(self, graphs, calls, source, gated):
+    def __init__(self, graphs, calls, source, gated, approximate):
         self.graphs = {id(graph.model): graph for graph in graphs}
         self.outermost = graphs[0]
         self.calls = calls
         self.source = source
         self.gated = gated
+        self.approximate = approximate
         self.results: dict[int, list] = {}
         self.absorptions: list[Absorption] = []
         self.losses: list[Loss] = []
@@ -164,7 +169,7 @@ class _Search:
             rescalings = [x and x._replace(axis=x.axis + 1) for x in rescalings]
         if not rescaled:
             return rescalings
-        passed = _passed(operation, self.without_gated(graph, call, given), self.shapes(graph, call))
+        passed = self.passed(graph, call, given)
         if passed is not None:
             return [passed]
         reason = self.why_not(operation, given[0], call.inputs[0], graph)
@@ -173,6 +178,17 @@ class _Search:
         else:
             self.lose(rescaled, path, reason)
         return rescalings
+
+    def passed(self, graph, call, given):
+        """The rescaling of the output of `call`, if it passes those of its inputs on; else None."""
+        operation, shapes = call.operation, self.shapes(graph, call)
+        passed = _passed(operation, self.without_gated(graph, call, given), shapes)
+        if passed is None and self.approximate:
+            if pads_with_zeros(operation):
+                return _through(operation, given[0], shapes[0])
+            if type(operation) is keras.layers.Multiply:
+                return _multiplied(operation, [rescaling and _without_shift(rescaling) for rescaling in given], shapes)
+        return passed
 
     def shapes(self, graph, call):
         return [graph.shapes[tensor] for tensor in call.inputs]
@@ -188,7 +204,7 @@ class _Search:
         (index,), (reader,) = shifted, readers
         rescaling, shape = given[index], self.shapes(graph, call)[1 - index]
         positions = {size for axis, size in enumerate(shape[1:], start=1) if axis != rescaling.axis}
-        layer, scaled = reader.operation, rescaling._replace(has_shift=False)
+        layer, scaled = reader.operation, _without_shift(rescaling)
         if (
             type(layer) not in CONVOLUTIONS
             or set(layer.kernel_size) != {1}
@@ -200,8 +216,6 @@ class _Search:
         ):
             return given
         self.gated.append(GatedShift(layer, call.operation, 1 - index, rescaling))
-        scale, shift = rescaling.values()
-        scaled = scaled._replace(values=lambda: (scale, np.zeros_like(shift)))
         return [scaled if i == index else None for i in range(2)]
 
     def why_not(self, operation, rescaling, tensor, graph):
@@ -210,7 +224,7 @@ class _Search:
         if type(operation) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE):
             axis = data_axis(operation, len(graph.shapes[tensor]))
             padding = getattr(operation, "padding", "valid")
-            shifts = rescaling is None or rescaling.has_shift
+            shifts = (rescaling is None or rescaling.has_shift) and not self.approximate
             if shifts and padding != "valid" and set(operation.kernel_size) != {1}:
                 return f"{kind} with padding='{padding}', which has zeros where the offset would have to be"
         elif isinstance(operation, NORMALIZATIONS):
@@ -226,6 +240,14 @@ class _Search:
         if self.calls[id(operation)] > 1:
             return f"{kind} that is called more than once"
         return why_weights_are_fixed(operation)
+
+
+def _without_shift(rescaling):
+    def values():
+        scale, shift = rescaling.values()
+        return scale, np.zeros_like(shift)
+
+    return rescaling._replace(has_shift=False, values=values)
 
 
 def _passed(operation, given, shapes):

@@ -1,0 +1,108 @@
+"""Sets scales, offsets and proxies of new layers so that on some data they do what the old ones do, channel by channel.
+
+With other statistics, a normalization gives each channel another mean and standard deviation, of which the copied
+scales and offsets know nothing. Here they are set so that what goes into the activation has the mean and the standard
+deviation over the data that it had in the old model, and the proxy is set to those of the normalized input.
+"""
+
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_proxynorm.layers import GroupNormProxy
+from keras_proxynorm.layers.observation import normalized_input
+from keras_proxynorm.layers.observation import observed
+
+__all__ = ["ChannelMoments", "calibrate_layers", "can_calibrate", "channel_moments_of_outputs", "set_affine"]
+
+ChannelMoments = tuple[np.ndarray, np.ndarray]
+"""Mean and standard deviation of each channel, over samples and positions."""
+
+# A channel that varies less, where its group has a standard deviation of 1, counts as constant and keeps its scale.
+SMALLEST_STDDEV = 1e-2
+
+
+def can_calibrate(layer: keras.layers.Layer) -> bool:
+    """Whether it is a group, layer or instance norm, with or without proxy normalization."""
+    return isinstance(layer, (keras.layers.GroupNormalization, GroupNormProxy))
+
+
+def channel_moments_of_outputs(model: keras.Model, layers: Iterable[tuple[keras.layers.Layer, int]], data) -> dict:
+    """Runs a model and looks at the outputs of some of its layers.
+
+    Args:
+        model: A model.
+        layers: Pairs of layers and the channel axes of their outputs.
+        data: A batch of inputs, as for a call of the model.
+
+    Returns:
+        Dict of the `ChannelMoments` of the first output of each layer, by the layer's `id`.
+    """
+    found: dict[int, ChannelMoments] = {}
+    axes = {id(layer): axis for layer, axis in layers}
+
+    def observe(name, layer, call, args, kwargs):
+        outputs = call(*args, **kwargs)
+        if id(layer) not in found:
+            found[id(layer)] = _channel_moments(outputs, axes[id(layer)])
+        return outputs
+
+    with observed({str(id(layer)): layer for layer, _ in layers}, observe):
+        model(data, training=False)
+    return found
+
+
+def calibrate_layers(model: keras.Model, wanted: Iterable[tuple[keras.layers.Layer, ChannelMoments]], data):
+    """Sets scales, offsets and proxies of layers, each when what comes before it is set already.
+
+    Args:
+        model: A model.
+        wanted: Pairs of layers for which `can_calibrate`, and the moments that the input of their activation, or their
+            output without one, is to have.
+        data: A batch of inputs, as for a call of the model.
+    """
+    moments = {id(layer): value for layer, value in wanted}
+    missing = set(moments)
+
+    def observe(name, layer, call, args, kwargs):
+        if id(layer) in missing:
+            missing.remove(id(layer))
+            _calibrate(
+                layer, *_channel_moments(normalized_input(layer, call, args, kwargs), layer.axis), *moments[id(layer)]
+            )
+        return call(*args, **kwargs)
+
+    with observed({str(id(layer)): layer for layer, _ in wanted}, observe):
+        model(data, training=False)
+
+
+def set_affine(layer: keras.layers.Layer, mean: np.ndarray, stddev: np.ndarray):
+    """Sets scale and offset so that a channel that is as its proxy, N(0, 1), gets this mean and standard deviation."""
+    if layer.gamma is not None:
+        # The sign is learned, too.
+        layer.gamma.assign(np.where(ops.convert_to_numpy(layer.gamma) < 0, -stddev, stddev))
+    if layer.beta is not None:
+        layer.beta.assign(mean)
+    if getattr(layer, "proxy", None) is not None:
+        layer.proxy.assign(np.zeros(layer.proxy.shape))
+
+
+def _calibrate(layer, mean, stddev, wanted_mean, wanted_stddev):
+    constant = stddev < SMALLEST_STDDEV
+    scale = np.where(constant, wanted_stddev, wanted_stddev / np.where(constant, 1, stddev))
+    set_affine(layer, wanted_mean, scale)
+    if layer.beta is not None:
+        gamma = 1.0 if layer.gamma is None else ops.convert_to_numpy(layer.gamma).astype("float64")
+        layer.beta.assign(wanted_mean - gamma * mean)
+    if getattr(layer, "proxy", None) is not None:
+        layer.proxy.assign(np.stack([mean, stddev - 1]))
+
+
+def _channel_moments(x, axis) -> ChannelMoments:
+    axis %= len(x.shape)
+    x = ops.cast(x, "float64" if keras.backend.standardize_dtype(x.dtype) == "float64" else "float32")
+    axes = [i for i in range(len(x.shape)) if i != axis]
+    mean, stddev = ops.mean(x, axes), ops.std(x, axes)
+    return tuple(ops.convert_to_numpy(moment).astype("float64") for moment in (mean, stddev))
