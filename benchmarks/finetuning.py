@@ -36,6 +36,7 @@ NORMALIZATIONS = (
     "group_norm_proxy",
     "group_norm_proxy:compensate=True",
     "group_norm_proxy:calibrate=True",
+    "layer_norm_proxy:calibrate=True",
 )
 NETWORKS = ("resnet20", "efficientnet")
 PRETRAINING = accuracy.Sizes(10000, 500, 5000, 5)

@@ -197,7 +197,8 @@ def replace_normalization(
         calibrate_layers(new_model, wanted, calibrate)
     notes += _late_regularizers(cloner)
     notes += carry_compile_state(model, new_model)
-    layer_reports = tuple(_layer_report(decision, cloner, copies) for decision in plan.decisions.values())
+    calibrated = {id(layer) for layer, _ in wanted}
+    layer_reports = tuple(_layer_report(decision, cloner, copies, calibrated) for decision in plan.decisions.values())
     if not any(decision.is_replaced for decision in plan.decisions.values()):
         notes.append(_nothing_replaced(model, layer_reports))
     for note in notes:
@@ -291,7 +292,17 @@ def _wanted_moments(plan: Plan, cloner: Cloner, data):
     """Pairs of the new layers and the moments of the outputs of the old ones."""
     replaced = [decision.layer for decision in plan.decisions.values() if decision.is_replaced]
     model = plan.graphs[0].model
-    moments = channel_moments_of_outputs(model, [(layer, channel_axis(layer)) for layer in replaced], data)
+    try:
+        samples = {len(x) for x in keras.tree.flatten(data)}
+        if samples in (set(), {0}):
+            raise ValueError("there are no samples in it")
+        moments = channel_moments_of_outputs(model, [(layer, channel_axis(layer)) for layer in replaced], data)
+    except Exception as error:  # whatever the layers of the model raise
+        described = keras.tree.map_structure(lambda x: f"shape {tuple(x.shape)}" if hasattr(x, "shape") else x, data)
+        raise ValueError(
+            f"Argument `calibrate` must be a batch of inputs of the model, as for a call of it. Received: {described}, "
+            f"with which the model '{model.name}' does not run: {error}"
+        ) from error
     return [
         (layer, moments[id(source)])
         for source in replaced
@@ -386,7 +397,7 @@ def _nothing_replaced(model, layer_reports):
     return f"No normalization layer of the model '{model.name}' was replaced. It has {found}."
 
 
-def _layer_report(decision: Decision, cloner: Cloner, copies: bool):
+def _layer_report(decision: Decision, cloner: Cloner, copies: bool, calibrated: set[int]):
     source = decision.layer
     report = LayerReport(
         path=decision.path,
@@ -409,4 +420,5 @@ def _layer_report(decision: Decision, cloner: Cloner, copies: bool):
         linear=decision.linear and decision.linear.name,
         center=getattr(replacements[-1], "center", None),
         weights=tuple(weight.name for weight in source.weights if weight.name in weights),
+        calibrated=id(replacements[0]) in calibrated,
     )

@@ -42,6 +42,7 @@ class LayerReport:
         center: Whether the replacement has an offset, or None if it was left alone.
         frozen: Whether its weights are frozen, as they were.
         weights: The names of the weights that were carried over.
+        calibrated: Whether scale, offset and proxy were then set with the data of `calibrate`.
         reason: Why it was left alone, or why an activation behind it was not fused with it; or None.
     """
 
@@ -57,6 +58,7 @@ class LayerReport:
     center: bool | None = None
     frozen: bool = False
     weights: tuple[str, ...] = ()
+    calibrated: bool = False
     reason: str | None = None
 
 
@@ -73,7 +75,7 @@ class ReplacementReport:
         parameters_before: The number of the model's parameters.
         parameters_after: The number of those of the new model.
         compensated: For each layer whose weights took the rescaling by proxy normalization back, by its path: the
-            paths of the normalizations that it reads. Only with `compensate=True`.
+            paths of the normalizations that it reads. Only with `compensate=True` or `calibrate`.
         uncompensated: An `Uncompensated` for each place where that was not possible.
         warnings: What did not come through as it was.
     """
@@ -151,6 +153,9 @@ class ReplacementReport:
                 yield f"  {'':<14}{count:>6}  - {path}"
         if self.groups:
             yield f"  {'groups':<14}  " + ", ".join(f"{groups} ({count}x)" for groups, count in self.groups.items())
+        calibrated = sum(layer.calibrated for layer in self.layers)
+        if calibrated:
+            yield f"  {'calibrated':<14}{calibrated:>6}  so that they do with the data what the old ones do"
         yield f"  {'parameters':<14}  {self.parameters_before:,} before, {self.parameters_after:,} after"
         if self.compensated or self.uncompensated:
             yield f"  {'compensated':<14}{len(self.compensated):>6}  layers that take the rescaling of their input back"

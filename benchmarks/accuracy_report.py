@@ -1,0 +1,254 @@
+"""Puts the tables of docs/accuracy.md, and the plots in docs/accuracy/, in line with what was measured.
+
+    python3 -m pip install -e ".[examples,plots]"
+    python3 benchmarks/accuracy_report.py
+
+takes seconds. It reads what `accuracy.py` and `finetuning.py` write to results/. A table is what stands between
+`<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation are over the runs with the learning rate
+that was chosen; behind them is the number of runs.
+"""
+
+import re
+import statistics
+
+import accuracy
+import finetuning
+from rate_search import SEEDS
+from rate_search import chosen_runs
+from rate_search import read_results
+from rate_search import tried_rates
+
+PAGE = accuracy.ROOT / "docs" / "accuracy.md"
+PLOTS = accuracy.ROOT / "docs" / "accuracy"
+LABELS = {
+    "batch_norm": "BN",
+    "group_norm_proxy": "GN+PN",
+    "layer_norm_proxy": "LN+PN",
+    "group_norm": "GN",
+    "layer_norm": "LN",
+    "none": "none",
+}
+NETWORK_LABELS = {
+    "plain15": "plain, 15 layers",
+    "plain30": "plain, 30 layers",
+    "resnet20": "ResNet v2, 20 layers",
+    "efficientnet": "EfficientNet-style",
+}
+
+
+def label(normalization):
+    """What a normalization is called in tables."""
+    name, _, arguments = normalization.partition(":")
+    return f"{LABELS.get(name, name)}, `{arguments.replace(',', ', ')}`" if arguments else LABELS.get(name, name)
+
+
+def summary(configuration, results):
+    """Mean, standard deviation or None, and number of the test accuracies in percent; None if it is not done."""
+    runs = chosen_runs(configuration, SEEDS, results)
+    values = [100 * results[run].test_accuracy for run in runs]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values), len(values)
+
+
+def cell(configuration, results):
+    """A cell of a table."""
+    found = summary(configuration, results)
+    return "-" if found is None else f"{found[0]:.1f} ± {found[1]:.1f} ({found[2]})"
+
+
+def table(header, rows):
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main_configurations(dataset):
+    """Those of the table of a dataset: by network, normalization and batch size."""
+    sizes = accuracy.DATASETS[dataset]
+    return {
+        (network, normalization, batch_size): accuracy.Configuration(
+            dataset, network, normalization, batch_size, *sizes
+        )
+        for network in accuracy.DEFAULT_NETWORKS[dataset]
+        for normalization in accuracy.NORMALIZATIONS
+        for batch_size in accuracy.BATCH_SIZES
+    }
+
+
+def accuracy_table(dataset, results):
+    """Test accuracy in percent, by network and normalization, and batch size."""
+    configurations = main_configurations(dataset)
+    batch_sizes = sorted(accuracy.BATCH_SIZES)
+    rows = [
+        [
+            NETWORK_LABELS[network],
+            LABELS[normalization],
+            *(cell(configurations[network, normalization, size], results) for size in batch_sizes),
+        ]
+        for network in accuracy.DEFAULT_NETWORKS[dataset]
+        for normalization in accuracy.NORMALIZATIONS
+    ]
+    return table(["network", "normalization", *(f"batch size {size}" for size in batch_sizes)], rows)
+
+
+def rates_table(results):
+    """The learning rates that were chosen, of those that were tried, for batches of 64."""
+    batch_sizes = sorted(accuracy.BATCH_SIZES)
+
+    def rate(configuration):
+        runs = chosen_runs(configuration, SEEDS, results)
+        return f"{runs[0].learning_rate:g} of {len(tried_rates(configuration, SEEDS[0], results))}" if runs else "-"
+
+    rows = []
+    for dataset in accuracy.DATASETS:
+        configurations = main_configurations(dataset)
+        for network in accuracy.DEFAULT_NETWORKS[dataset]:
+            for normalization in accuracy.NORMALIZATIONS:
+                rates = [rate(configurations[network, normalization, size]) for size in batch_sizes]
+                rows.append([dataset, NETWORK_LABELS[network], LABELS[normalization], *rates])
+    header = ["dataset", "network", "normalization", *(f"batch size {size}" for size in batch_sizes)]
+    return table(header, rows)
+
+
+def study_table(results):
+    """What else was measured: other arguments of a normalization, other numbers of passes."""
+    main = {configuration for dataset in accuracy.DATASETS for configuration in main_configurations(dataset).values()}
+    others = {run.configuration for run in results} - main
+    # Each beside what it is compared with.
+    base = {other._replace(normalization=other.normalization.partition(":")[0]) for other in others}
+    order = {network: i for i, network in enumerate(accuracy.NETWORKS)}
+    shown = sorted(
+        others | base,
+        key=lambda c: (order[c.network], c.epochs, c.batch_size, c.normalization.partition(":")[0], c.normalization),
+    )
+    rows = [
+        [
+            NETWORK_LABELS[configuration.network],
+            str(configuration.epochs),
+            str(configuration.batch_size),
+            label(configuration.normalization),
+            cell(configuration, results),
+        ]
+        for configuration in shown
+        if summary(configuration, results) is not None
+    ]
+    return table(["network", "passes", "batch size", "normalization", "test accuracy"], rows)
+
+
+def finetuning_configurations(results):
+    """Those of the file, in the order of the script."""
+    order = {name: i for i, name in enumerate((*finetuning.NETWORKS, *finetuning.NORMALIZATIONS))}
+    configurations = {run.configuration for run in results}
+    return sorted(configurations, key=lambda c: (c.epochs, order.get(c.network, 99), order.get(c.normalization, 99)))
+
+
+def finetuning_table(results):
+    """Accuracies in percent before and after fine-tuning."""
+    rows = []
+    for configuration in finetuning_configurations(results):
+        runs = chosen_runs(configuration, SEEDS, results)
+        if runs:
+            before = [100 * results[run].old_accuracy for run in runs]
+            name = configuration.normalization.replace("batch_norm frozen", "BN, frozen")
+            rows.append(
+                [
+                    NETWORK_LABELS[configuration.network],
+                    label(name),
+                    f"{statistics.fmean(before):.1f} ± {statistics.stdev(before):.1f}",
+                    cell(configuration, results),
+                    f"{runs[0].learning_rate:g}",
+                ]
+            )
+    header = ["network", "normalization", "old classes, before", "new classes, after", "learning rate"]
+    return table(header, rows)
+
+
+def tables(results, finetuning_results):
+    """All tables, by name."""
+    return {
+        **{dataset: accuracy_table(dataset, results) for dataset in accuracy.DATASETS},
+        "rates": rates_table(results),
+        "study": study_table(results),
+        "finetuning": finetuning_table(finetuning_results),
+    }
+
+
+def measured_tables():
+    """All tables, from the committed files."""
+    return tables(
+        read_results(accuracy.RESULTS, accuracy.Configuration),
+        read_results(finetuning.RESULTS, finetuning.Configuration, finetuning.Result),
+    )
+
+
+def with_tables(text, tables):
+    """The text of the page with these tables in the place of those that it has."""
+
+    def replace(match):
+        return f"{match[1]}\n{tables[match[2]]}{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
+
+
+def plot(dataset, results):
+    """Accuracy against batch size, a panel for each network."""
+    import matplotlib.pyplot as plt
+
+    networks = accuracy.DEFAULT_NETWORKS[dataset]
+    configurations = main_configurations(dataset)
+    figure, panels = plt.subplots(
+        1, len(networks), figsize=(3 * len(networks) + 1, 3.4), dpi=120, layout="constrained", squeeze=False
+    )
+    for ax, network in zip(panels[0], networks, strict=True):
+        for i, normalization in enumerate(accuracy.NORMALIZATIONS):
+            found = {
+                size: summary(configurations[network, normalization, size], results)
+                for size in sorted(accuracy.BATCH_SIZES)
+            }
+            found = {size: values for size, values in found.items() if values is not None}
+            if found:
+                means, deviations, _ = zip(*found.values(), strict=True)
+                # Next to each other, so that error bars can be told apart.
+                x = [size * 2 ** (0.12 * (i - 2.5)) for size in found]
+                style = "--" if normalization in ("group_norm", "layer_norm", "none") else "-"
+                # With the colour of what PN is put on.
+                color = {"group_norm": 1, "layer_norm": 2, "batch_norm": 0, "none": 7}[
+                    normalization.removesuffix("_proxy")
+                ]
+                ax.errorbar(
+                    x,
+                    means,
+                    deviations,
+                    label=LABELS[normalization],
+                    color=f"C{color}",
+                    linestyle=style,
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.3,
+                    capsize=2,
+                )
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(accuracy.BATCH_SIZES), sorted(accuracy.BATCH_SIZES))
+        ax.minorticks_off()
+        ax.set_title(NETWORK_LABELS[network], fontsize="medium")
+        ax.set_xlabel("batch size")
+        ax.grid(alpha=0.3)
+    panels[0][0].set_ylabel("test accuracy in %")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(PLOTS / f"{dataset}.png")
+    plt.close(figure)
+
+
+def main():
+    """Writes the tables and the plots."""
+    PLOTS.mkdir(exist_ok=True)
+    results = read_results(accuracy.RESULTS, accuracy.Configuration)
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), measured_tables()), encoding="utf-8")
+    for dataset in accuracy.DATASETS:
+        plot(dataset, results)
+    print(f"{PAGE} and the plots in {PLOTS} are up to date.")
+
+
+if __name__ == "__main__":
+    main()
