@@ -1,0 +1,98 @@
+"""The search for a learning rate: what is run next, what is chosen, and the file that it goes on from."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+from scripts import load_script
+
+
+class Configuration(NamedTuple):
+    normalization: str
+    batch_size: int
+
+
+CONFIGURATION = Configuration("batch_norm", 8)
+SEEDS = (3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("benchmarks/rate_search.py")
+
+
+def result(script, accuracy, loss=1.0, test_accuracy=0.5):
+    return script.Result(accuracy, loss, test_accuracy, 1.0, 10.0, "keras 3")
+
+
+def search(script, accuracy_of, seeds=SEEDS):
+    """Does what is asked for until nothing is; returns the results, in order."""
+    results = {}
+    while runs := script.next_runs(CONFIGURATION, seeds, results):
+        assert not set(runs) & set(results)
+        assert not script.chosen_runs(CONFIGURATION, seeds, results)
+        results[runs[0]] = result(script, accuracy_of(runs[0]))
+    return results
+
+
+@pytest.mark.parametrize("best", [0.003, 0.01, 0.03, 0.1, 0.3, 1.0])
+def test_finds_the_best_rate_and_no_more_than_it_takes(script, best):
+    results = search(script, lambda run: 1 - abs(math.log(run.learning_rate / best)) / 10)
+    tried = sorted(run.learning_rate for run in results if run.seed == SEEDS[0])
+    position = script.LEARNING_RATES.index(best)
+    assert set(tried) == {*script.FIRST_RATES, *script.LEARNING_RATES[max(0, position - 1) : position + 2]} | {
+        rate for rate in script.LEARNING_RATES if min(best, 0.03) <= rate <= max(best, 0.3)
+    }
+    chosen = script.chosen_runs(CONFIGURATION, SEEDS, results)
+    assert chosen == [script.Run(CONFIGURATION, best, seed) for seed in SEEDS]
+    assert set(chosen) <= set(results) and len(results) == len(tried) + len(SEEDS) - 1
+
+
+def test_test_accuracy_chooses_nothing(script):
+    results = {
+        script.Run(CONFIGURATION, rate, 0): result(script, held_out, test_accuracy=1 - held_out)
+        for rate, held_out in ((0.03, 0.7), (0.1, 0.8), (0.3, 0.75))
+    }
+    assert script.chosen_runs(CONFIGURATION, (0,), results) == [script.Run(CONFIGURATION, 0.1, 0)]
+
+
+def test_of_equals_the_lower_loss_and_never_a_nan(script):
+    tried = {0.03: result(script, 0.1, math.nan), 0.1: result(script, 0.1, 2.0), 0.3: result(script, 0.1, 3.0)}
+    assert script.best_rate(tried) == 0.1
+
+
+def test_one_seed(script):
+    assert len(search(script, lambda run: -abs(run.learning_rate - 0.1), seeds=(0,))) == 3
+
+
+def test_file(script, tmp_path):
+    path = tmp_path / "new" / "results.csv"
+    assert script.read_results(path, Configuration) == {}
+    results = {
+        script.Run(CONFIGURATION, 0.1, 0): result(script, 0.125),
+        script.Run(Configuration("group_norm_proxy:groups=4,proxy_epsilon=0.1", 2), 1.0, 1): result(script, math.nan),
+    }
+    for run, found in results.items():
+        script.append_result(path, run, found)
+    read = script.read_results(path, Configuration)
+    assert list(read) == list(results) and repr(list(read.values())) == repr(list(results.values()))
+
+
+def test_what_is_cut_off_is_named(script, tmp_path):
+    path = tmp_path / "results.csv"
+    for seed in range(2):
+        script.append_result(path, script.Run(CONFIGURATION, 0.1, seed), result(script, 0.5))
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(SystemExit, match="Line 3 of .*results.csv"):
+        script.read_results(path, Configuration)
+
+
+def test_remaining_time_is_from_runs_alike(script):
+    results = {
+        script.Run(CONFIGURATION, 0.1, 3): result(script, 0.5)._replace(seconds=4.0),
+        script.Run(Configuration("batch_norm", 64), 0.1, 3): result(script, 0.5)._replace(seconds=1.0),
+    }
+    others = [Configuration("none", 8), Configuration("none", 64)]
+    assert script.remaining_seconds(others, SEEDS, results) == 5 * 4.0 + 5 * 1.0
+    assert script.remaining_seconds([CONFIGURATION], SEEDS, results) == 4 * 4.0
+    assert script.remaining_seconds([], SEEDS, results) == 0
