@@ -13,7 +13,8 @@ Each run that is done is a line in the CSV file, at once, and is never done agai
 passes may be in the same file. `accuracy_report.py` makes the tables and plots of docs/accuracy.md from it.
 
 The normalizations are "batch_norm", "none" (with biases in its place) and what `keras_proxynorm.replace_normalization`
-takes, with further arguments of that behind a colon if you like, as in the last line above.
+takes, with further arguments of that behind a colon if you like, as in the last line above; "calibrate_proxies=8" among
+them trains with `keras_proxynorm.training.CalibrateProxies` every 8 steps, on 64 of the images to train with.
 
 Nothing is downloaded: Fashion-MNIST is read from --fashion-mnist FOLDER, from Debian's package dataset-fashion-mnist,
 or from where Keras keeps what it has downloaded; the digits are part of scikit-learn.
@@ -44,6 +45,8 @@ BATCH_SIZES = (64, 8, 2)
 # A group of the first stage, of 16 channels, then has two.
 GROUPS = {"groups": 8, "min_channels_per_group": 2}
 TEST_BATCH_SIZE = 250
+# The argument that is about training, and how many images proxies are calibrated with.
+CALIBRATE, CALIBRATION_IMAGES = "calibrate_proxies", 64
 
 
 class Sizes(NamedTuple):
@@ -94,6 +97,7 @@ def build_model(network, normalization, shape, classes):
         import compare
 
         return replace_normalization(model, compare.identity)
+    arguments.pop(CALIBRATE, None)
     return replace_normalization(model, name, **{**GROUPS, **arguments})
 
 
@@ -168,10 +172,13 @@ def compiled_model(configuration, shape, classes):
     steps = configuration.epochs * (configuration.train_images // configuration.batch_size)
     compare.compile_model(model, 1.0, steps)
     model.optimizer._learning_rate, scale = scaled_schedule(model.optimizer._learning_rate)
+    _, arguments = parse_normalization(configuration.normalization)
+    # Callbacks are called once an execution.
+    model.steps_per_execution = min(model.steps_per_execution, arguments.get(CALIBRATE, steps))
     return model, scale
 
 
-def train_and_test(model, scale, run, data, held_out_images, held_out_labels):
+def train_and_test(model, scale, run, data, held_out_images, held_out_labels, callbacks=()):
     """Trains from the weights that the model has; returns loss and accuracy on what is held out, and on test data."""
     import compare
     import keras
@@ -203,7 +210,13 @@ def measure(folder, run):
     keras.utils.set_random_seed(run.seed)
     fresh = build_model(configuration.network, configuration.normalization, shape, data.classes)
     model.set_weights(fresh.get_weights())
-    (held_out_loss, held_out_accuracy), (loss, accuracy) = train_and_test(model, scale, run, data, *held_out)
+    callbacks = []
+    _, arguments = parse_normalization(configuration.normalization)
+    if CALIBRATE in arguments:
+        from keras_proxynorm.training import CalibrateProxies
+
+        callbacks.append(CalibrateProxies(data.train_images[:CALIBRATION_IMAGES], every=arguments[CALIBRATE]))
+    (held_out_loss, held_out_accuracy), (loss, accuracy) = train_and_test(model, scale, run, data, *held_out, callbacks)
     seconds = round(time.perf_counter() - start, 1)
     return Result(held_out_accuracy, held_out_loss, accuracy, loss, seconds, compare.describe_versions())
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_proxynorm.layers.base import as_integer
+from keras_proxynorm.layers.base import as_positive_integer
 
-__all__ = ["Batch", "as_positive_integer", "batches", "check_model"]
+__all__ = ["Batch", "batches", "check_model"]
 
 # Inputs, targets and sample weights; the last two may be None.
 Batch = tuple
@@ -46,14 +46,6 @@ def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int =
     batch_size = as_positive_integer("batch_size", batch_size)
     steps = None if steps is None else as_positive_integer("steps", steps)
     return _with_progress(*_source(data, batch_size), steps, verbose)
-
-
-def as_positive_integer(name: str, value) -> int:
-    """`value` as a positive Python integer, or a ValueError."""
-    value = as_integer(name, value, "a positive integer")
-    if value < 1:
-        raise ValueError(f"Argument `{name}` must be a positive integer. Received: {name}={value}")
-    return value
 
 
 def _source(data, batch_size) -> tuple[Iterable, int | None]:

@@ -20,6 +20,7 @@ __all__ = [
     "RegularizerLike",
     "as_epsilon",
     "as_integer",
+    "as_positive_integer",
 ]
 
 # A layer is a callable, too.
@@ -179,6 +180,14 @@ def as_integer(name: str, value, expected: str) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
     return int(value)
+
+
+def as_positive_integer(name: str, value) -> int:
+    """`value` as a positive Python integer, or a ValueError."""
+    value = as_integer(name, value, "a positive integer")
+    if value < 1:
+        raise ValueError(f"Argument `{name}` must be a positive integer. Received: {name}={value}")
+    return value
 
 
 def as_epsilon(name: str, value) -> float:

@@ -12,8 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.layers.observation import normalized_input
+from keras_proxynorm.layers.observation import channel_moments
 from keras_proxynorm.layers.observation import observed
+from keras_proxynorm.layers.observation import visit_normalized_inputs
 
 __all__ = ["ChannelMoments", "calibrate_layers", "can_calibrate", "channel_moments_of_outputs", "set_affine"]
 
@@ -29,7 +30,9 @@ def can_calibrate(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, (keras.layers.GroupNormalization, GroupNormProxy))
 
 
-def channel_moments_of_outputs(model: keras.Model, layers: Iterable[tuple[keras.layers.Layer, int]], data) -> dict:
+def channel_moments_of_outputs(
+    model: keras.Model, layers: Iterable[tuple[keras.layers.Layer, int]], data
+) -> dict[int, ChannelMoments]:
     """Runs a model and looks at the outputs of some of its layers.
 
     Args:
@@ -46,7 +49,7 @@ def channel_moments_of_outputs(model: keras.Model, layers: Iterable[tuple[keras.
     def observe(name, layer, call, args, kwargs):
         outputs = call(*args, **kwargs)
         if id(layer) not in found:
-            found[id(layer)] = _channel_moments(outputs, axes[id(layer)])
+            found[id(layer)] = channel_moments(outputs, axes[id(layer)])
         return outputs
 
     with observed({str(id(layer)): layer for layer, _ in layers}, observe):
@@ -54,7 +57,7 @@ def channel_moments_of_outputs(model: keras.Model, layers: Iterable[tuple[keras.
     return found
 
 
-def calibrate_layers(model: keras.Model, wanted: Iterable[tuple[keras.layers.Layer, ChannelMoments]], data):
+def calibrate_layers(model: keras.Model, wanted: Iterable[tuple[keras.layers.Layer, ChannelMoments]], data) -> None:
     """Sets scales, offsets and proxies of layers, each when what comes before it is set already.
 
     Args:
@@ -64,21 +67,14 @@ def calibrate_layers(model: keras.Model, wanted: Iterable[tuple[keras.layers.Lay
         data: A batch of inputs, as for a call of the model.
     """
     moments = {id(layer): value for layer, value in wanted}
-    missing = set(moments)
 
-    def observe(name, layer, call, args, kwargs):
-        if id(layer) in missing:
-            missing.remove(id(layer))
-            _calibrate(
-                layer, *_channel_moments(normalized_input(layer, call, args, kwargs), layer.axis), *moments[id(layer)]
-            )
-        return call(*args, **kwargs)
+    def calibrate(layer, mean, stddev):
+        _calibrate(layer, mean, stddev, *moments[id(layer)])
 
-    with observed({str(id(layer)): layer for layer, _ in wanted}, observe):
-        model(data, training=False)
+    visit_normalized_inputs(model, [layer for layer, _ in wanted], data, calibrate)
 
 
-def set_affine(layer: keras.layers.Layer, mean: np.ndarray, stddev: np.ndarray):
+def set_affine(layer: keras.layers.Layer, mean: np.ndarray, stddev: np.ndarray) -> None:
     """Sets scale and offset so that a channel that is as its proxy, N(0, 1), gets this mean and standard deviation."""
     if layer.gamma is not None:
         # The sign is learned, too.
@@ -90,19 +86,10 @@ def set_affine(layer: keras.layers.Layer, mean: np.ndarray, stddev: np.ndarray):
 
 
 def _calibrate(layer, mean, stddev, wanted_mean, wanted_stddev):
-    constant = stddev < SMALLEST_STDDEV
-    scale = np.where(constant, wanted_stddev, wanted_stddev / np.where(constant, 1, stddev))
+    scale = wanted_stddev / np.where(stddev < SMALLEST_STDDEV, 1, stddev)
     set_affine(layer, wanted_mean, scale)
     if layer.beta is not None:
-        gamma = 1.0 if layer.gamma is None else ops.convert_to_numpy(layer.gamma).astype("float64")
+        gamma = 1.0 if layer.gamma is None else ops.convert_to_numpy(layer.gamma)
         layer.beta.assign(wanted_mean - gamma * mean)
     if getattr(layer, "proxy", None) is not None:
         layer.proxy.assign(np.stack([mean, stddev - 1]))
-
-
-def _channel_moments(x, axis) -> ChannelMoments:
-    axis %= len(x.shape)
-    x = ops.cast(x, "float64" if keras.backend.standardize_dtype(x.dtype) == "float64" else "float32")
-    axes = [i for i in range(len(x.shape)) if i != axis]
-    mean, stddev = ops.mean(x, axes), ops.std(x, axes)
-    return tuple(ops.convert_to_numpy(moment).astype("float64") for moment in (mean, stddev))

@@ -10,7 +10,8 @@ from typing import Literal
 import keras
 
 from keras_proxynorm.baselines import BatchGroupNormalization
-from keras_proxynorm.layers.base import as_integer
+from keras_proxynorm.layers.base import as_positive_integer
+from keras_proxynorm.layers.observation import check_batch
 from keras_proxynorm.surgery.activation_nodes import describe_activation
 from keras_proxynorm.surgery.calibration import calibrate_layers
 from keras_proxynorm.surgery.calibration import can_calibrate
@@ -148,8 +149,8 @@ def replace_normalization(
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     check_readable(model)
-    groups = _positive("groups", groups)
-    min_channels_per_group = _positive("min_channels_per_group", min_channels_per_group)
+    groups = as_positive_integer("groups", groups)
+    min_channels_per_group = as_positive_integer("min_channels_per_group", min_channels_per_group)
     if weights not in ("copy", "fresh"):
         raise ValueError(f"Argument `weights` must be 'copy' or 'fresh'. Received: weights={weights!r}")
     if center not in (None, True, False):
@@ -215,14 +216,6 @@ def replace_normalization(
         warnings=tuple(notes),
     )
     return (new_model, report) if return_report else new_model
-
-
-def _positive(name, value):
-    expected = "a positive integer"
-    value = as_integer(name, value, expected)
-    if value < 1:
-        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value}")
-    return value
 
 
 _CARRIED_ARGUMENTS = [
@@ -292,17 +285,8 @@ def _wanted_moments(plan: Plan, cloner: Cloner, data):
     """Pairs of the new layers and the moments of the outputs of the old ones."""
     replaced = [decision.layer for decision in plan.decisions.values() if decision.is_replaced]
     model = plan.graphs[0].model
-    try:
-        samples = {len(x) for x in keras.tree.flatten(data)}
-        if samples in (set(), {0}):
-            raise ValueError("there are no samples in it")
+    with check_batch("calibrate", model, data):
         moments = channel_moments_of_outputs(model, [(layer, channel_axis(layer)) for layer in replaced], data)
-    except Exception as error:  # whatever the layers of the model raise
-        described = keras.tree.map_structure(lambda x: f"shape {tuple(x.shape)}" if hasattr(x, "shape") else x, data)
-        raise ValueError(
-            f"Argument `calibrate` must be a batch of inputs of the model, as for a call of it. Received: {described}, "
-            f"with which the model '{model.name}' does not run: {error}"
-        ) from error
     return [
         (layer, moments[id(source)])
         for source in replaced
