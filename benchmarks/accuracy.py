@@ -189,7 +189,8 @@ def train_and_test(model, scale, run, data, held_out_images, held_out_labels, ca
         variable.assign(keras.ops.zeros_like(variable))
     order = compare.draw_order(len(data.train_images), configuration.batch_size, configuration.epochs, run.seed)
     # The callback also waits for each call, without which some machines sleep for longer than the call takes.
-    model.fit(compare.make_batches(data, order), shuffle=False, verbose=0, callbacks=[keras.callbacks.TerminateOnNaN()])
+    callbacks = [keras.callbacks.TerminateOnNaN(), *callbacks]
+    model.fit(compare.make_batches(data, order), shuffle=False, verbose=0, callbacks=callbacks)
     return [
         model.evaluate(images, labels, batch_size=TEST_BATCH_SIZE, verbose=0)
         for images, labels in ((held_out_images, held_out_labels), (data.test_images, data.test_labels))

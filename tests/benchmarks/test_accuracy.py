@@ -133,6 +133,15 @@ def test_a_run_does_not_depend_on_the_one_before(script):
     assert script.measure(None, run)[:4] == first[:4]
 
 
+def test_proxies_are_calibrated(script, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "keras_proxynorm.training.proxies.calibrate_proxies", lambda model, data: calls.append(len(data))
+    )
+    script.measure(None, run_of(script, normalization="group_norm_proxy:groups=4,calibrate_proxies=5"))
+    assert calls == [64, 64]  # of 10 steps
+
+
 def test_what_diverges_ends_and_counts(script):
     result = script.measure(None, run_of(script, normalization="none", epochs=3)._replace(learning_rate=1e4))
     assert 0 <= result.held_out_accuracy <= 0.3
