@@ -113,8 +113,10 @@ def rates_to_try(configuration, seed, results):
     return [rate for rate in LEARNING_RATES[max(0, best - 1) : best + 2] if rate not in tried]
 
 
-def next_runs(configuration, seeds, results):
-    """The runs of a configuration that can be done now; none if it is done."""
+def next_runs(configuration, seeds, results, rate=None):
+    """The runs of a configuration that can be done now; none if it is done. With a `rate` all have that one."""
+    if rate is not None:
+        return [run for seed in seeds if (run := Run(configuration, rate, seed)) not in results]
     first, *others = seeds
     rates = rates_to_try(configuration, first, results)
     if rates:
@@ -131,7 +133,7 @@ def chosen_runs(configuration, seeds, results):
     return [Run(configuration, rate, seed) for seed in seeds]
 
 
-def remaining_seconds(configurations, seeds, results):
+def remaining_seconds(configurations, seeds, results, rate=None):
     """How long what is missing will take one process, as far as can be told: rates that are tried later are not."""
     seconds = {}
     for run, result in results.items():
@@ -139,8 +141,8 @@ def remaining_seconds(configurations, seeds, results):
             seconds.setdefault(key, []).append(result.seconds)
     left = 0.0
     for configuration in configurations:
-        count = len(next_runs(configuration, seeds, results))
-        if rates_to_try(configuration, seeds[0], results):
+        count = len(next_runs(configuration, seeds, results, rate))
+        if rate is None and rates_to_try(configuration, seeds[0], results):
             count += len(seeds) - 1
         known = next(seconds[key] for key in (_size(configuration), configuration.batch_size, None) if key in seconds)
         left += count * statistics.fmean(known)
@@ -193,13 +195,16 @@ def work(configurations, measure, arguments, result_kind=Result):
     waiting = iter(configurations)
     current, running = {}, {}
 
+    def missing(configuration):
+        return next_runs(configuration, arguments.seeds, results, arguments.rate)
+
     def start_next(pool):
-        while pool not in current or not next_runs(current[pool], arguments.seeds, results):
+        while pool not in current or not missing(current[pool]):
             if (configuration := next(waiting, None)) is None:
                 return
             current[pool] = configuration
         if time.monotonic() < deadline:
-            run = next_runs(current[pool], arguments.seeds, results)[0]
+            run = missing(current[pool])[0]
             running[pool.submit(measure, run)] = pool, run
 
     pools = start_pools(arguments.jobs)
@@ -212,19 +217,19 @@ def work(configurations, measure, arguments, result_kind=Result):
                 pool, run = running.pop(future)
                 results[run] = result = future.result()
                 append_result(arguments.output, run, result)
-                minutes = remaining_seconds(configurations, arguments.seeds, results) / arguments.jobs / 60
+                seconds = remaining_seconds(configurations, arguments.seeds, results, arguments.rate)
                 print(
                     f"{describe(run)}: held out {result.held_out_accuracy:.3f}, test {result.test_accuracy:.3f} "
-                    f"({result.seconds:.0f} s; about {math.ceil(minutes)} min to go)",
+                    f"({result.seconds:.0f} s; about {math.ceil(seconds / arguments.jobs / 60)} min to go)",
                     flush=True,
                 )
                 start_next(pool)
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-    missing = sum(1 for configuration in configurations if next_runs(configuration, arguments.seeds, results))
-    if missing:
-        print(f"{missing} of {len(configurations)} configurations are not done. Run it again to go on.")
+    undone = sum(1 for configuration in configurations if missing(configuration))
+    if undone:
+        print(f"{undone} of {len(configurations)} configurations are not done. Run it again to go on.")
     else:
         print(f"All of {len(configurations)} configurations are done: {arguments.output}")
 
@@ -233,6 +238,10 @@ def add_arguments(parser, output):
     """Adds what `work` takes to a parser of the command line."""
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help=f"default: {' '.join(map(str, SEEDS))}"
+    )
+    rates = " ".join(map(str, LEARNING_RATES))
+    parser.add_argument(
+        "--rate", type=float, choices=LEARNING_RATES, metavar="RATE", help=f"of {rates}; default: the best is searched"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time; default: all cores")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing more is started")

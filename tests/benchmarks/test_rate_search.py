@@ -65,6 +65,13 @@ def test_one_seed(script):
     assert len(search(script, lambda run: -abs(run.learning_rate - 0.1), seeds=(0,))) == 3
 
 
+def test_one_rate(script):
+    run = script.Run(CONFIGURATION, 0.01, SEEDS[0])
+    others = [run._replace(seed=seed) for seed in SEEDS[1:]]
+    assert script.next_runs(CONFIGURATION, SEEDS, {run: result(script, 0.5)}, 0.01) == others
+    assert script.remaining_seconds([CONFIGURATION], SEEDS, {run: result(script, 0.5)}, 0.01) == 20
+
+
 def test_file(script, tmp_path):
     path = tmp_path / "new" / "results.csv"
     assert script.read_results(path, Configuration) == {}

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import keras_proxynorm
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -46,3 +48,24 @@ def test_code_runs(code, tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    files = [target.partition("#")[0] for target in targets]
+    assert not [file for file in files if file and not (page.parent / file).exists()]
+
+
+def test_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("sphinx", reason='the documentation needs: pip install "keras_proxynorm[docs]"')
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-d", str(tmp_path / "cache"), "docs"]
+    done = subprocess.run([*command, str(tmp_path / "html")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "html" / "api" / "keras_proxynorm.html").read_text()
+    for name in keras_proxynorm.__all__:
+        assert f'id="keras_proxynorm.{name}"' in reference, name
