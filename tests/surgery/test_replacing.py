@@ -237,7 +237,7 @@ def test_report():
     assert dictionary["layers"][0] == {
         **{"path": "conv_bn", "layer": "BatchNormalization", "action": "fused", "names": ["conv_relu"]},
         **{"activation": "relu", "absorbed": ["conv_relu"], "channels": 8, "groups": 2, "center": True, "linear": None},
-        **{"frozen": False, "weights": ["gamma", "beta"], "reason": None},
+        **{"frozen": False, "weights": ["gamma", "beta"], "calibrated": False, "reason": None},
     }
     text = str(report)
     for line in (
