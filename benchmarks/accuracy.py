@@ -199,6 +199,11 @@ def train_and_test(model, scale, run, data, held_out_images, held_out_labels, ca
 
 def measure(folder, run):
     """Trains and tests. With the same run, the result is the same to the last bit on the same machine."""
+    return trained_model(folder, run)[1]
+
+
+def trained_model(folder, run):
+    """The model after a run, until the next one, and the result."""
     import compare
     import keras
 
@@ -219,7 +224,7 @@ def measure(folder, run):
         callbacks.append(CalibrateProxies(data.train_images[:CALIBRATION_IMAGES], every=arguments[CALIBRATE]))
     (held_out_loss, held_out_accuracy), (loss, accuracy) = train_and_test(model, scale, run, data, *held_out, callbacks)
     seconds = round(time.perf_counter() - start, 1)
-    return Result(held_out_accuracy, held_out_loss, accuracy, loss, seconds, compare.describe_versions())
+    return model, Result(held_out_accuracy, held_out_loss, accuracy, loss, seconds, compare.describe_versions())
 
 
 def parse_arguments():

@@ -3,9 +3,9 @@
     python3 -m pip install -e ".[examples,plots]"
     python3 benchmarks/accuracy_report.py
 
-takes seconds. It reads what `accuracy.py` and `finetuning.py` write to results/. A table is what stands between
-`<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation are over the runs with the learning rate
-that was chosen; behind them is the number of runs.
+takes seconds. It reads what `accuracy.py`, `finetuning.py` and `proxy_distance.py` write to results/. A table is what
+stands between `<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation are over the runs with the
+learning rate that was chosen; behind them is the number of runs.
 """
 
 import re
@@ -13,8 +13,8 @@ import statistics
 
 import accuracy
 import finetuning
+import proxy_distance
 from rate_search import SEEDS
-from rate_search import Run
 from rate_search import chosen_runs
 from rate_search import read_results
 from rate_search import tried_rates
@@ -45,27 +45,20 @@ def label(normalization):
     return f"{LABELS.get(name, name)}, `{arguments.replace(',', ', ')}`" if arguments else LABELS.get(name, name)
 
 
-def summary(configuration, results):
-    """Mean, standard deviation or None, and number of the test accuracies in percent; None if it is not done."""
-    runs = chosen_runs(configuration, SEEDS, results)
-    values = [100 * results[run].test_accuracy for run in runs]
-    if not values:
-        return None
-    return statistics.fmean(values), statistics.stdev(values), len(values)
+def accuracies(configuration, results):
+    """The test accuracies in percent with the learning rate that was chosen; none if it is not done."""
+    return [100 * results[run].test_accuracy for run in chosen_runs(configuration, SEEDS, results)]
 
 
-def cell_at(configuration, rate, results):
-    """A cell of a table, for a learning rate of all seeds, whether it was chosen or not."""
-    values = [100 * results[run].test_accuracy for seed in SEEDS if (run := Run(configuration, rate, seed)) in results]
-    if len(values) < len(SEEDS):
-        return "-"
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
+def accuracies_at(configuration, rate, results):
+    """Those with a given learning rate, of all seeds; none if there are too few."""
+    values = [100 * result.test_accuracy for run, result in results.items() if run[:2] == (configuration, rate)]
+    return values if len(values) >= len(SEEDS) else []
 
 
-def cell(configuration, results):
-    """A cell of a table."""
-    found = summary(configuration, results)
-    return "-" if found is None else f"{found[0]:.1f} ± {found[1]:.1f} ({found[2]})"
+def entry(values):
+    """What stands for some accuracies in a table."""
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})" if values else "-"
 
 
 def table(header, rows):
@@ -95,7 +88,7 @@ def accuracy_table(dataset, results):
         [
             NETWORK_LABELS[network],
             LABELS[normalization],
-            *(cell(configurations[network, normalization, size], results) for size in batch_sizes),
+            *(entry(accuracies(configurations[network, normalization, size], results)) for size in batch_sizes),
         ]
         for network in accuracy.DEFAULT_NETWORKS[dataset]
         for normalization in accuracy.NORMALIZATIONS
@@ -139,12 +132,12 @@ def study_table(results):
             str(configuration.epochs),
             str(configuration.batch_size),
             label(configuration.normalization),
-            cell(configuration, results),
+            entry(accuracies(configuration, results)),
             f"{chosen_runs(configuration, SEEDS, results)[0].learning_rate:g}",
-            cell_at(configuration, STUDY_RATE, results),
+            entry(accuracies_at(configuration, STUDY_RATE, results)),
         ]
         for configuration in shown
-        if summary(configuration, results) is not None
+        if accuracies(configuration, results)
     ]
     header = ["network", "passes", "batch size", "normalization", "test accuracy", "learning rate"]
     return table([*header, f"test accuracy with {STUDY_RATE:g}"], rows)
@@ -170,7 +163,7 @@ def finetuning_table(results):
                     NETWORK_LABELS[configuration.network],
                     label(name),
                     f"{statistics.fmean(before):.1f} ± {statistics.stdev(before):.1f}",
-                    cell(configuration, results),
+                    entry(accuracies(configuration, results)),
                     f"{runs[0].learning_rate:g}",
                 ]
             )
@@ -178,13 +171,38 @@ def finetuning_table(results):
     return table(header, rows)
 
 
-def tables(results, finetuning_results):
+def proxies_table(results):
+    """How far proxies are from the data, by configuration: means over the seeds."""
+    order = {name: i for i, name in enumerate(proxy_distance.NORMALIZATIONS)}
+    configurations = {run.configuration for run in results}
+    columns = ("mean_distance", "largest_mean_distance", "stddev_ratio", "largest_stddev_ratio")
+    rows = []
+    for configuration in sorted(
+        configurations, key=lambda c: (c.network, c.batch_size, order.get(c.normalization, 99))
+    ):
+        found = [result for run, result in results.items() if run.configuration == configuration]
+        if len(found) >= len(SEEDS):
+            rows.append(
+                [
+                    NETWORK_LABELS[configuration.network],
+                    str(configuration.batch_size),
+                    label(configuration.normalization),
+                    *(f"{statistics.fmean(getattr(result, name) for result in found):.2f}" for name in columns),
+                    entry([100 * result.test_accuracy for result in found]),
+                ]
+            )
+    header = ["network", "batch size", "normalization", "distance", "largest", "factor", "largest", "test accuracy"]
+    return table(header, rows)
+
+
+def tables(results, finetuning_results, proxy_results):
     """All tables, by name."""
     return {
         **{dataset: accuracy_table(dataset, results) for dataset in accuracy.DATASETS},
         "rates": rates_table(results),
         "study": study_table(results),
         "finetuning": finetuning_table(finetuning_results),
+        "proxies": proxies_table(proxy_results),
     }
 
 
@@ -193,6 +211,7 @@ def measured_tables():
     return tables(
         read_results(accuracy.RESULTS, accuracy.Configuration),
         read_results(finetuning.RESULTS, finetuning.Configuration, finetuning.Result),
+        read_results(proxy_distance.RESULTS, accuracy.Configuration, proxy_distance.Result),
     )
 
 
@@ -217,12 +236,13 @@ def plot(dataset, results):
     for ax, network in zip(panels[0], networks, strict=True):
         for i, normalization in enumerate(accuracy.NORMALIZATIONS):
             found = {
-                size: summary(configurations[network, normalization, size], results)
+                size: values
                 for size in sorted(accuracy.BATCH_SIZES)
+                if (values := accuracies(configurations[network, normalization, size], results))
             }
-            found = {size: values for size, values in found.items() if values is not None}
             if found:
-                means, deviations, _ = zip(*found.values(), strict=True)
+                means = [statistics.fmean(values) for values in found.values()]
+                deviations = [statistics.stdev(values) for values in found.values()]
                 # Next to each other, so that error bars can be told apart.
                 x = [size * 2 ** (0.12 * (i - 2.5)) for size in found]
                 style = "--" if normalization in ("group_norm", "layer_norm", "none") else "-"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 __all__ = ["FIRST_RATES", "LEARNING_RATES", "Result", "Run", "add_arguments", "check_positive", "chosen_runs", "work"]
 
 # For batches of 64, and in proportion for others (Goyal et al., https://arxiv.org/abs/1706.02677).
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_RATES = (0.03, 0.1, 0.3)
 SEEDS = (0, 1, 2)
 # Workers end after so many runs, because TensorFlow keeps some memory of each.

@@ -35,7 +35,7 @@ def search(script, accuracy_of, seeds=SEEDS):
     return results
 
 
-@pytest.mark.parametrize("best", [0.003, 0.01, 0.03, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("best", [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
 def test_finds_the_best_rate_and_no_more_than_it_takes(script, best):
     results = search(script, lambda run: 1 - abs(math.log(run.learning_rate / best)) / 10)
     tried = sorted(run.learning_rate for run in results if run.seed == SEEDS[0])
