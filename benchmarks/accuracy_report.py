@@ -3,17 +3,19 @@
     python3 -m pip install -e ".[examples,plots]"
     python3 benchmarks/accuracy_report.py
 
-takes seconds. It reads what `accuracy.py`, `finetuning.py` and `proxy_distance.py` write to results/. A table is what
-stands between `<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation are over the runs with the
-learning rate that was chosen; behind them is the number of runs.
+takes seconds. It reads what `accuracy.py`, `finetuning.py`, `proxy_distance.py` and `replaced_accuracy.py` write to
+results/. A table is what stands between `<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation
+are over the runs with the learning rate that was chosen; behind them is the number of runs.
 """
 
+import csv
 import re
 import statistics
 
 import accuracy
 import finetuning
 import proxy_distance
+import replaced_accuracy
 from rate_search import SEEDS
 from rate_search import chosen_runs
 from rate_search import read_results
@@ -45,6 +47,9 @@ def label(normalization):
     return f"{LABELS.get(name, name)}, `{arguments.replace(',', ', ')}`" if arguments else LABELS.get(name, name)
 
 
+WAYS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrate": "`calibrate=images`"}
+
+
 def accuracies(configuration, results):
     """The test accuracies in percent with the learning rate that was chosen; none if it is not done."""
     return [100 * results[run].test_accuracy for run in chosen_runs(configuration, SEEDS, results)]
@@ -56,9 +61,17 @@ def accuracies_at(configuration, rate, results):
     return values if len(values) >= len(SEEDS) else []
 
 
+def stddev(values):
+    """The sample standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def entry(values):
     """What stands for some accuracies in a table."""
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})" if values else "-"
+    if not values:
+        return "-"
+    spread = f" ± {stddev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread} ({len(values)})"
 
 
 def table(header, rows):
@@ -133,11 +146,11 @@ def study_table(results):
             str(configuration.batch_size),
             label(configuration.normalization),
             entry(accuracies(configuration, results)),
-            f"{chosen_runs(configuration, SEEDS, results)[0].learning_rate:g}",
+            " ".join(f"{run.learning_rate:g}" for run in chosen_runs(configuration, SEEDS, results)[:1]) or "-",
             entry(accuracies_at(configuration, STUDY_RATE, results)),
         ]
         for configuration in shown
-        if accuracies(configuration, results)
+        if accuracies(configuration, results) or accuracies_at(configuration, STUDY_RATE, results)
     ]
     header = ["network", "passes", "batch size", "normalization", "test accuracy", "learning rate"]
     return table([*header, f"test accuracy with {STUDY_RATE:g}"], rows)
@@ -151,23 +164,21 @@ def finetuning_configurations(results):
 
 
 def finetuning_table(results):
-    """Accuracies in percent before and after fine-tuning."""
+    """Test accuracies in percent after fine-tuning."""
     rows = []
     for configuration in finetuning_configurations(results):
         runs = chosen_runs(configuration, SEEDS, results)
         if runs:
-            before = [100 * results[run].old_accuracy for run in runs]
             name = configuration.normalization.replace("batch_norm frozen", "BN, frozen")
             rows.append(
                 [
                     NETWORK_LABELS[configuration.network],
                     label(name),
-                    f"{statistics.fmean(before):.1f} ± {statistics.stdev(before):.1f}",
                     entry(accuracies(configuration, results)),
                     f"{runs[0].learning_rate:g}",
                 ]
             )
-    header = ["network", "normalization", "old classes, before", "new classes, after", "learning rate"]
+    header = ["network", "normalization", "test accuracy", "learning rate"]
     return table(header, rows)
 
 
@@ -195,7 +206,23 @@ def proxies_table(results):
     return table(header, rows)
 
 
-def tables(results, finetuning_results, proxy_results):
+def replaced_table(rows):
+    """Test accuracies in percent when the normalization has been replaced, by way to do so."""
+
+    def cell(network, normalization, way):
+        asked = {"network": network, "normalization": normalization, "way": way}
+        return entry([100 * float(row["test_accuracy"]) for row in rows if asked.items() <= row.items()])
+
+    lines = [
+        [NETWORK_LABELS[network], LABELS[normalization], *(cell(network, normalization, way) for way in WAYS)]
+        for network in finetuning.NETWORKS
+        for normalization in ("batch_norm", *replaced_accuracy.NORMALIZATIONS)
+    ]
+    header = ["network", "normalization", *WAYS.values()]
+    return table(header, lines)
+
+
+def tables(results, finetuning_results, proxy_results, replaced_rows):
     """All tables, by name."""
     return {
         **{dataset: accuracy_table(dataset, results) for dataset in accuracy.DATASETS},
@@ -203,7 +230,14 @@ def tables(results, finetuning_results, proxy_results):
         "study": study_table(results),
         "finetuning": finetuning_table(finetuning_results),
         "proxies": proxies_table(proxy_results),
+        "replaced": replaced_table(replaced_rows),
     }
+
+
+def read_rows(path):
+    """The rows of a CSV file, as dicts."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def measured_tables():
@@ -212,6 +246,7 @@ def measured_tables():
         read_results(accuracy.RESULTS, accuracy.Configuration),
         read_results(finetuning.RESULTS, finetuning.Configuration, finetuning.Result),
         read_results(proxy_distance.RESULTS, accuracy.Configuration, proxy_distance.Result),
+        read_rows(replaced_accuracy.RESULTS),
     )
 
 
@@ -242,7 +277,7 @@ def plot(dataset, results):
             }
             if found:
                 means = [statistics.fmean(values) for values in found.values()]
-                deviations = [statistics.stdev(values) for values in found.values()]
+                deviations = [stddev(values) for values in found.values()]
                 # Next to each other, so that error bars can be told apart.
                 x = [size * 2 ** (0.12 * (i - 2.5)) for size in found]
                 style = "--" if normalization in ("group_norm", "layer_norm", "none") else "-"

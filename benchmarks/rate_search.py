@@ -126,11 +126,11 @@ def next_runs(configuration, seeds, results, rate=None):
 
 
 def chosen_runs(configuration, seeds, results):
-    """The runs of a configuration with the learning rate that was chosen; none if it is not done."""
-    if next_runs(configuration, seeds, results):
+    """The runs so far of a configuration with the learning rate that was chosen; none if it is not chosen yet."""
+    if rates_to_try(configuration, seeds[0], results):
         return []
     rate = best_rate(tried_rates(configuration, seeds[0], results))
-    return [Run(configuration, rate, seed) for seed in seeds]
+    return [run for seed in seeds if (run := Run(configuration, rate, seed)) in results]
 
 
 def remaining_seconds(configurations, seeds, results, rate=None):

@@ -204,6 +204,30 @@ def test_finetuning(normalization, fashion_mnist, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.glob("*.keras")] == ["resnet20-0-100-50-50-1.keras"]
 
 
+@pytest.mark.slow
+def test_proxy_distance(script, fashion_mnist):
+    """It is that of the model that was trained: calibrated proxies are nearer to the data."""
+    distances = load_script("benchmarks/proxy_distance.py")
+    left, calibrated = (
+        distances.measure(
+            fashion_mnist, run_of(script, dataset="fashion_mnist", normalization=normalization, train_images=192)
+        )
+        for normalization in ("layer_norm_proxy", "layer_norm_proxy:calibrate_proxies=1")
+    )
+    assert 0 < left.mean_distance <= left.largest_mean_distance and 1 <= left.stddev_ratio <= left.largest_stddev_ratio
+    assert calibrated.mean_distance < left.mean_distance
+    assert 0 <= left.test_accuracy <= 1
+
+
+@pytest.mark.slow
+def test_replaced_accuracy(fashion_mnist, tmp_path, monkeypatch):
+    script = load_script("benchmarks/replaced_accuracy.py")
+    monkeypatch.setattr(script.finetuning, "PRETRAINING", script.accuracy.Sizes(100, 50, 50, 1))
+    monkeypatch.setattr(script, "CALIBRATION_IMAGES", 16)
+    found = script.measure("resnet20", 0, tmp_path, fashion_mnist)
+    assert len(found) == 1 + 2 * 3 + 2 * 2 and all(0 <= value <= 1 for value in found.values())
+
+
 def test_tables_are_those_that_were_measured(report):
     page = report.PAGE.read_text(encoding="utf-8")
     assert report.with_tables(page, report.measured_tables()) == page
