@@ -39,15 +39,13 @@ NETWORK_LABELS = {
     "resnet20": "ResNet v2, 20 layers",
     "efficientnet": "EfficientNet-style",
 }
+WAYS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrate": "`calibrate=images`"}
 
 
 def label(normalization):
     """What a normalization is called in tables."""
     name, _, arguments = normalization.partition(":")
     return f"{LABELS.get(name, name)}, `{arguments.replace(',', ', ')}`" if arguments else LABELS.get(name, name)
-
-
-WAYS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrate": "`calibrate=images`"}
 
 
 def accuracies(configuration, results):
@@ -129,20 +127,24 @@ def rates_table(results):
 
 
 def study_table(results):
-    """What else was measured: other arguments of a normalization, other numbers of passes."""
+    """What else was measured: other arguments of a normalization, other numbers of images."""
     main = {configuration for dataset in accuracy.DATASETS for configuration in main_configurations(dataset).values()}
     others = {run.configuration for run in results} - main
     # Each beside what it is compared with.
-    base = {other._replace(normalization=other.normalization.partition(":")[0]) for other in others}
+    base = {
+        other._replace(normalization=normalization)
+        for other in others
+        for normalization in (other.normalization.partition(":")[0], "batch_norm")
+    }
     order = {network: i for i, network in enumerate(accuracy.NETWORKS)}
     shown = sorted(
         others | base,
-        key=lambda c: (order[c.network], c.epochs, c.batch_size, c.normalization.partition(":")[0], c.normalization),
+        key=lambda c: (order[c.network], c.train_images, c.batch_size, c.normalization.partition(":")[0], c),
     )
     rows = [
         [
             NETWORK_LABELS[configuration.network],
-            str(configuration.epochs),
+            str(configuration.train_images),
             str(configuration.batch_size),
             label(configuration.normalization),
             entry(accuracies(configuration, results)),
@@ -152,7 +154,7 @@ def study_table(results):
         for configuration in shown
         if accuracies(configuration, results) or accuracies_at(configuration, STUDY_RATE, results)
     ]
-    header = ["network", "passes", "batch size", "normalization", "test accuracy", "learning rate"]
+    header = ["network", "images", "batch size", "normalization", "test accuracy", "learning rate"]
     return table([*header, f"test accuracy with {STUDY_RATE:g}"], rows)
 
 

@@ -121,6 +121,7 @@ def test_fashion_mnist(script, fashion_mnist, monkeypatch):
     assert data.train_images.shape == (200, 28, 28, 1) and len(images) == 100 and len(data.test_images) == 50
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_one_before(script):
     """Runs of a configuration share a model; the weights, the optimizer and the order start anew."""
     run = run_of(script, normalization="batch_norm")
@@ -142,6 +143,7 @@ def test_proxies_are_calibrated(script, monkeypatch):
     assert calls == [64, 64]  # of 10 steps
 
 
+@pytest.mark.slow
 def test_what_diverges_ends_and_counts(script):
     result = script.measure(None, run_of(script, normalization="none", epochs=3)._replace(learning_rate=1e4))
     assert 0 <= result.held_out_accuracy <= 0.3

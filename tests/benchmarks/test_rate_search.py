@@ -30,7 +30,9 @@ def search(script, accuracy_of, seeds=SEEDS):
     results = {}
     while runs := script.next_runs(CONFIGURATION, seeds, results):
         assert not set(runs) & set(results)
-        assert not script.chosen_runs(CONFIGURATION, seeds, results)
+        chosen = script.chosen_runs(CONFIGURATION, seeds, results)
+        # None while the rate is searched, then those that are done.
+        assert bool(chosen) == (not script.rates_to_try(CONFIGURATION, seeds[0], results)) and set(chosen) <= set(results)
         results[runs[0]] = result(script, accuracy_of(runs[0]))
     return results
 

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 pytestmark = tensorflow_only
 
 SCRIPT = ROOT / "examples" / "random_network.py"
-DEPTH, WIDTH = 32, 128
+DEPTH, WIDTH = 32, 64
 
 
 @pytest.fixture(scope="module")

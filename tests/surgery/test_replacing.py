@@ -117,8 +117,8 @@ def test_center():
     # An activation follows the sum, the weights are copied, or none of both: the authors' rule.
     assert kp.replace_normalization(residual, weights="fresh").get_layer("conv2_block1_3_bn").center
     assert mobile("copy").get_layer("block_1_project_BN").center
-    assert not mobile("fresh").get_layer("block_1_project_BN").center
-    assert mobile("fresh").get_layer("block_1_expand_relu").center
+    fresh = mobile("fresh")
+    assert not fresh.get_layer("block_1_project_BN").center and fresh.get_layer("block_1_expand_relu").center
     assert mobile("fresh", center=True).get_layer("block_1_project_BN").center
     copied = mobile("copy", center=False)
     assert not copied.get_layer("block_1_project_BN").center and copied.get_layer("block_1_expand_relu").center
