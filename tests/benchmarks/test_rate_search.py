@@ -32,7 +32,8 @@ def search(script, accuracy_of, seeds=SEEDS):
         assert not set(runs) & set(results)
         chosen = script.chosen_runs(CONFIGURATION, seeds, results)
         # None while the rate is searched, then those that are done.
-        assert bool(chosen) == (not script.rates_to_try(CONFIGURATION, seeds[0], results)) and set(chosen) <= set(results)
+        assert bool(chosen) == (not script.rates_to_try(CONFIGURATION, seeds[0], results))
+        assert set(chosen) <= set(results)
         results[runs[0]] = result(script, accuracy_of(runs[0]))
     return results
 
