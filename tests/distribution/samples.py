@@ -43,10 +43,12 @@ def model(normalizations):
     return model
 
 
-def fit(model, images, labels, batch_size):
+def fit(model, images, labels, batch_size, callbacks=()):
     """Returns the weights before and after training, and the loss of each epoch, by name."""
     before = {f"before/{index} {weight.name}": numpy(weight) for index, weight in enumerate(model.weights)}
     # In order: the workers' shares are to make up the batches that one worker sees.
-    history = model.fit(images, labels, batch_size=batch_size, epochs=EPOCHS, shuffle=False, verbose=0).history
+    history = model.fit(
+        images, labels, batch_size=batch_size, epochs=EPOCHS, shuffle=False, callbacks=list(callbacks), verbose=0
+    ).history
     after = {f"after/{index} {weight.name}": numpy(weight) for index, weight in enumerate(model.weights)}
     return {**before, **after, "loss": np.array(history["loss"])}

@@ -54,6 +54,8 @@ def test_mirrored(tmp_path):
     run_together(command, KERAS_BACKEND="tensorflow", CUDA_VISIBLE_DEVICES="-1")
     results = load(output)
     assert_same(select(results, "proxy_norm/1/"), select(results, "proxy_norm/2/"), "proxy norm, mirrored")
+    assert_same(select(results, "calibrated/1/"), select(results, "calibrated/2/"), "calibrated proxies, mirrored")
+    assert_different(select(results, "calibrated/2/"), select(results, "proxy_norm/2/"), "calibrated or not, mirrored")
     assert_different(select(results, "batch_norm/1/"), select(results, "batch_norm/2/"), "batch norm, mirrored")
 
 
