@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 from rate_search import Result
 from rate_search import add_arguments
 from rate_search import check_positive

@@ -162,7 +162,6 @@ def describe(run):
 
 def start_worker():
     """One thread for each process, which wastes less than two threads for one, above all with small batches."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
