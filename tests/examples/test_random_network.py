@@ -36,7 +36,7 @@ def test_layer_norm_collapses_as_the_theorem_says(script, fractions):
     assert script.lower_bound(DEPTH)[0] == 0 and script.lower_bound(20)[-1] == pytest.approx(0.51, abs=0.005)
     assert (p1 >= script.lower_bound(DEPTH)).all()
     assert p1[-1] > 0.85  # of 64 channels; of 128 above 0.95
-    assert fractions["GN(8)"][-1, 0] > 0.75
+    assert fractions["GN(8)"][-1, 0] > 0.5
 
 
 def test_proxy_norm_prevents_it(fractions):

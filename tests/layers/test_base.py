@@ -93,8 +93,15 @@ def test_training_and_inference_are_the_same(name):
 
 @every_normalization
 @every_mode
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("dtype, largest", [("float16", 6.5e4), ("float32", 7e4)])
+@pytest.mark.parametrize(
+    "policy, dtype, largest",
+    [
+        ("mixed_float16", "float16", 6.5e4),
+        ("mixed_bfloat16", "float32", 7e4),
+        pytest.param("mixed_float16", "float32", 7e4, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", "float16", 6.5e4, marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_does_not_overflow(name, mode, policy, dtype, largest):
     layer = built(LAYERS[name], (2, 6, 6, 8), dtype=policy)
     x = np.clip(normal(2, 6, 6, 8), -2, 2)
@@ -122,7 +129,7 @@ def test_float64(name):
 
 
 @pytest.mark.parametrize("name, size", [*((name, 14) for name in LAYERS if name != "activation"), ("group", 224)])
-@pytest.mark.parametrize("scale", [1.0, 0.05])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
 @every_mode
 def test_large_offsets(name, size, scale, mode):
     """At 1e4 float32 is known to 5e-4. What the input says, values and all gradients, comes out in full precision."""

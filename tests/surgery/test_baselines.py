@@ -59,7 +59,9 @@ def flat_names(model):
     return [layer.name for layer in model._flatten_layers() if not isinstance(layer, keras.Model)]
 
 
-@pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("functional", "sequential")), "nested"]
+)
 @pytest.mark.parametrize("to", TARGETS)
 def test_models_train_and_survive_a_file(to, kind, tmp_path):
     source = make_model(kind)
