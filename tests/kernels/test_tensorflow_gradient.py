@@ -189,6 +189,7 @@ def test_functions_of_tensorflow_have_the_gradient_by_hand(activation):
 
 @tensorflow_only
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_training_takes_no_more_memory_than_with_batch_norm(activation):
     script = pathlib.Path(__file__).with_name("peak_memory.py")
