@@ -8,7 +8,6 @@ results/. A table is what stands between `<!-- table NAME -->` and `<!-- end -->
 are over the runs with the learning rate that was chosen; behind them is the number of runs.
 """
 
-import csv
 import re
 import statistics
 
@@ -16,6 +15,7 @@ import accuracy
 import finetuning
 import proxy_distance
 import replaced_accuracy
+from measurement import read_rows
 from rate_search import SEEDS
 from rate_search import chosen_runs
 from rate_search import read_results
@@ -39,7 +39,7 @@ NETWORK_LABELS = {
     "resnet20": "ResNet v2, 20 layers",
     "efficientnet": "EfficientNet-style",
 }
-WAYS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrate": "`calibrate=images`"}
+WAY_LABELS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrate": "`calibrate=images`"}
 
 
 def label(normalization):
@@ -51,6 +51,12 @@ def label(normalization):
 def accuracies(configuration, results):
     """The test accuracies in percent with the learning rate that was chosen; none if it is not done."""
     return [100 * results[run].test_accuracy for run in chosen_runs(configuration, SEEDS, results)]
+
+
+def chosen_rate(configuration, results):
+    """The learning rate that was chosen, as it stands in a table."""
+    runs = chosen_runs(configuration, SEEDS, results)
+    return f"{runs[0].learning_rate:g}" if runs else "-"
 
 
 def accuracies_at(configuration, rate, results):
@@ -112,8 +118,8 @@ def rates_table(results):
     batch_sizes = sorted(accuracy.BATCH_SIZES)
 
     def rate(configuration):
-        runs = chosen_runs(configuration, SEEDS, results)
-        return f"{runs[0].learning_rate:g} of {len(tried_rates(configuration, SEEDS[0], results))}" if runs else "-"
+        count = len(tried_rates(configuration, SEEDS[0], results))
+        return f"{chosen_rate(configuration, results)} of {count}"
 
     rows = []
     for dataset in accuracy.DATASETS:
@@ -148,7 +154,7 @@ def study_table(results):
             str(configuration.batch_size),
             label(configuration.normalization),
             entry(accuracies(configuration, results)),
-            " ".join(f"{run.learning_rate:g}" for run in chosen_runs(configuration, SEEDS, results)[:1]) or "-",
+            chosen_rate(configuration, results),
             entry(accuracies_at(configuration, STUDY_RATE, results)),
         ]
         for configuration in shown
@@ -169,15 +175,14 @@ def finetuning_table(results):
     """Test accuracies in percent after fine-tuning."""
     rows = []
     for configuration in finetuning_configurations(results):
-        runs = chosen_runs(configuration, SEEDS, results)
-        if runs:
+        if chosen_runs(configuration, SEEDS, results):
             name = configuration.normalization.replace("batch_norm frozen", "BN, frozen")
             rows.append(
                 [
                     NETWORK_LABELS[configuration.network],
                     label(name),
                     entry(accuracies(configuration, results)),
-                    f"{runs[0].learning_rate:g}",
+                    chosen_rate(configuration, results),
                 ]
             )
     header = ["network", "normalization", "test accuracy", "learning rate"]
@@ -216,11 +221,15 @@ def replaced_table(rows):
         return entry([100 * float(row["test_accuracy"]) for row in rows if asked.items() <= row.items()])
 
     lines = [
-        [NETWORK_LABELS[network], LABELS[normalization], *(cell(network, normalization, way) for way in WAYS)]
+        [
+            NETWORK_LABELS[network],
+            LABELS[normalization],
+            *(cell(network, normalization, way) for way in replaced_accuracy.WAYS),
+        ]
         for network in finetuning.NETWORKS
         for normalization in ("batch_norm", *replaced_accuracy.NORMALIZATIONS)
     ]
-    header = ["network", "normalization", *WAYS.values()]
+    header = ["network", "normalization", *(WAY_LABELS[way] for way in replaced_accuracy.WAYS)]
     return table(header, lines)
 
 
@@ -234,12 +243,6 @@ def tables(results, finetuning_results, proxy_results, replaced_rows):
         "proxies": proxies_table(proxy_results),
         "replaced": replaced_table(replaced_rows),
     }
-
-
-def read_rows(path):
-    """The rows of a CSV file, as dicts."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def measured_tables():

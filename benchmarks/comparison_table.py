@@ -6,9 +6,10 @@ takes a second. It reads what examples/compare.py and benchmarks/normalization_c
 docs/comparison/compare.csv and results/normalization_cost-*.csv.
 """
 
-import csv
 import statistics
 from pathlib import Path
+
+from measurement import read_rows
 
 ROOT = Path(__file__).parents[1]
 COST_BATCH_SIZES, BATCH_SIZES = (8, 64), (2, 8, 64)
@@ -88,12 +89,6 @@ ROWS = [
 ]
 
 
-def read(path):
-    """The rows of a CSV file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def accuracies(rows):
     """Lists of accuracies over seeds, by normalization and batch size."""
     found = {}
@@ -131,7 +126,7 @@ def make_table(comparison, costs):
 def measured_table():
     """The table of what was measured last, as far as the names of the files, which have versions in them, tell."""
     costs = sorted((ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"))[-1]
-    return make_table(read(ROOT / "docs" / "comparison" / "compare.csv"), read(costs))
+    return make_table(read_rows(ROOT / "docs" / "comparison" / "compare.csv"), read_rows(costs))
 
 
 def main():

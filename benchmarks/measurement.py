@@ -10,7 +10,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-__all__ = ["geometric_mean", "in_own_process", "medians_in_turns", "results_file", "set_threads", "write_results"]
+__all__ = [
+    "geometric_mean",
+    "in_own_process",
+    "medians_in_turns",
+    "read_rows",
+    "results_file",
+    "set_threads",
+    "write_results",
+]
 
 
 def medians_in_turns(contenders, repeats, warm_up=3):
@@ -71,6 +79,12 @@ def results_file(benchmark, *conditions):
     return Path(__file__).with_name("results") / f"{name}.csv"
 
 
+def read_rows(path):
+    """The rows of a CSV file, as dicts."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_results(path, rows, keys=()):
     """Writes dicts with the same keys as CSV; a file of the same name has the same conditions.
 
@@ -82,8 +96,7 @@ def write_results(path, rows, keys=()):
     measured = {tuple(str(row[key]) for key in keys) for row in rows}
     others = []
     if keys and path.exists():
-        with path.open(newline="") as file:
-            others = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in measured]
+        others = [row for row in read_rows(path) if tuple(row[key] for key in keys) not in measured]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -15,6 +15,8 @@ import sys
 import time
 from typing import NamedTuple
 
+from measurement import read_rows
+
 __all__ = ["FIRST_RATES", "LEARNING_RATES", "Result", "Run", "add_arguments", "check_positive", "chosen_runs", "work"]
 
 # For batches of 64, and in proportion for others (Goyal et al., https://arxiv.org/abs/1706.02677).
@@ -53,10 +55,8 @@ def read_results(path, kind, result_kind=Result):
     """The runs of a CSV file, of configurations of the class `kind`, with their results."""
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     results = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(read_rows(path), 2):
         if tuple(row) != columns(kind, result_kind) or None in row.values():
             sys.exit(f"Line {number} of {path} is not of this script. Delete it to go on, or give another --output.")
         values = {name: row[name] if name == "versions" else _as_written(row[name]) for name in row}

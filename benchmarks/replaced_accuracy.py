@@ -1,7 +1,7 @@
 """Measures what accuracy a trained network keeps when its batch norm is replaced, before any further training.
 
     python3 -m pip install -e ".[examples]"
-    python3 benchmarks/replaced_accuracy.py  # a quarter of an hour on two cores
+    python3 benchmarks/replaced_accuracy.py  # trains six networks first, or reads them: --pretrained FOLDER
 
 The networks are those that `finetuning.py` pretrains, tested on the classes that they were trained for: with batch
 norm, and with what `keras_proxynorm.replace_normalization` puts in its place, as it is, with `compensate=True`, and

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import pytest
+from scripts import ROOT
 from scripts import load_script
 
 
@@ -18,7 +19,9 @@ SEEDS = (3, 1, 2)
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("benchmarks/rate_search.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield load_script("benchmarks/rate_search.py")
 
 
 def result(script, accuracy, loss=1.0, test_accuracy=0.5):

@@ -187,7 +187,7 @@ def test_legacy_keras_is_named():
         "    import keras_proxynorm\n"
         "print([str(w.message) for w in caught if 'TF_USE_LEGACY_KERAS' in str(w.message)])"
     )
-    for value, warned in (("true", True), ("0", False)):
+    for value, warned in (("1", True), ("true", True), ("0", False)):
         environment = {**os.environ, "TF_USE_LEGACY_KERAS": value}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
