@@ -11,8 +11,6 @@ import keras_proxynorm
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.folding import fold_if_possible
-from keras_proxynorm.export.folding import fold_with_report
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.onnx_weights import data_files
@@ -21,6 +19,8 @@ from keras_proxynorm.export.onnx_weights import store_as_float16
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import fitting_runtimes
 from keras_proxynorm.export.verification import verify_served
+from keras_proxynorm.folding.folding import fold_if_possible
+from keras_proxynorm.folding.folding import fold_with_report
 
 __all__ = ["export_onnx"]
 

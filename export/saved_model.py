@@ -10,11 +10,11 @@ import numpy as np
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.folding import fold_if_possible
 from keras_proxynorm.export.logs import quiet
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import verify_served
 from keras_proxynorm.export.warm_up import write_warm_up_requests
+from keras_proxynorm.folding.folding import fold_if_possible
 
 __all__ = ["export_saved_model"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import keras
 
-from keras_proxynorm.export.inference_step import traced_for
+from keras_proxynorm.folding.forms import traced_for
 from keras_proxynorm.kernels import reduction
 
 __all__ = ["serving_function"]

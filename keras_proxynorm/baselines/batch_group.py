@@ -8,13 +8,13 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.baselines.batch_statistics import Moments
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.kernels.batch_statistics import Moments
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.layers.base import as_integer
 
 __all__ = ["BatchGroupNormalization"]
 

@@ -8,13 +8,13 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_fraction
+from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.baselines.frequencies import filter_frequencies
+from keras_proxynorm.baselines.frequencies import kernel_power
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.baselines.moving_statistics import as_fraction
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.kernels.frequencies import filter_frequencies
-from keras_proxynorm.kernels.frequencies import kernel_power
 from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import as_epsilon
 
 __all__ = ["ConvolutionalNormalization"]
 
@@ -113,9 +113,9 @@ class ConvolutionalNormalization(KernelNormalization):
     ):
         super().__init__(layer, **kwargs)
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
         self.batch_normalization = bool(batch_normalization)
-        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
+        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
         self.depthwise_initializer = keras.initializers.get(depthwise_initializer)
         self.moving_spectrum = bool(moving_spectrum)
         if spectrum_momentum is not None:

@@ -6,18 +6,18 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_fraction
+from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.baselines.batch_statistics import batch_count
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.baselines.moving_statistics import as_fraction
 from keras_proxynorm.baselines.moving_statistics import move
+from keras_proxynorm.baselines.patches import moment_derivatives
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.kernels.batch_statistics import batch_count
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import unbiased
-from keras_proxynorm.kernels.patches import moment_derivatives
-from keras_proxynorm.layers.base import as_epsilon
-from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.moments import computation_dtype
 
 __all__ = ["CrossIterationBatchNormalization"]
@@ -126,10 +126,10 @@ class CrossIterationBatchNormalization(KernelNormalization):
         if self.burn_in < 0:
             raise ValueError(f"Argument `burn_in` must be an integer that is not negative. Received: burn_in={burn_in}")
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
         # True is 1.
         compensation = float(compensation) if isinstance(compensation, bool) else compensation
-        self.compensation = as_epsilon("compensation", compensation)
+        self.compensation = as_nonnegative("compensation", compensation)
         if invalid not in _INVALID:
             raise ValueError(f"Argument `invalid` must be one of {_INVALID}. Received: invalid={invalid!r}")
         self.invalid = invalid

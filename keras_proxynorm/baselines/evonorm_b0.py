@@ -6,11 +6,11 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import spread
+from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import spread
-from keras_proxynorm.kernels.batch_statistics import unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
 

@@ -6,15 +6,15 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import spread
-from keras_proxynorm.kernels.batch_statistics import unbiased
+from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import spread
+from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import as_epsilon
-from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.moments import computation_dtype
 
 __all__ = ["EvoNormS0"]
@@ -82,7 +82,7 @@ class EvoNormS0(NormalizationLayer):
         self.groups = as_integer("groups", groups, expected)
         if self.groups < 1 and self.groups != -1:
             raise ValueError(f"Argument `groups` must be {expected}. Received: groups={groups}")
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
         self.nonlinearity = bool(nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
         self.v = None

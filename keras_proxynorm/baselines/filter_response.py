@@ -6,11 +6,11 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.moments import computation_dtype
 
 __all__ = ["FilterResponseNormalization"]
@@ -76,7 +76,7 @@ class FilterResponseNormalization(NormalizationLayer):
         **kwargs,
     ):
         super().__init__(axis=axis, **kwargs)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
         self.learn_epsilon = bool(learn_epsilon)
         self.nonlinearity = bool(nonlinearity)
         self.tau_initializer = keras.initializers.get(tau_initializer)

@@ -7,16 +7,16 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_fraction
+from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.baselines.batch_statistics import Moments
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import mix
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.baselines.moving_statistics import as_fraction
-from keras_proxynorm.kernels.batch_statistics import Moments
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import mix
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.layers.base import as_epsilon
-from keras_proxynorm.layers.base import as_integer
 
 __all__ = ["GhostBatchNormalization", "L2TowardOne"]
 
@@ -190,7 +190,7 @@ class L2TowardOne(keras.regularizers.Regularizer):
     """
 
     def __init__(self, l2: float = 0.01):
-        self.l2 = as_epsilon("l2", l2)
+        self.l2 = as_nonnegative("l2", l2)
 
     def __call__(self, x):
         return self.l2 * keras.ops.sum(keras.ops.square(x - 1.0))

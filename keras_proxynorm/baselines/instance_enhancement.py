@@ -6,13 +6,13 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.baselines.batch_statistics import Moments
+from keras_proxynorm.baselines.batch_statistics import batch_count
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import spread
+from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.kernels.batch_statistics import Moments
-from keras_proxynorm.kernels.batch_statistics import batch_count
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import spread
-from keras_proxynorm.kernels.batch_statistics import unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import InitializerLike
 

@@ -1,16 +1,16 @@
 """What the methods share that take statistics of the batch in training, and their moving averages at inference."""
 
-import numbers
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.arguments import as_fraction
+from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.moments import computation_dtype
 
-__all__ = ["MovingStatisticsLayer", "affine_at_inference", "as_fraction", "move"]
+__all__ = ["MovingStatisticsLayer", "affine_at_inference", "move"]
 
 
 class MovingStatisticsLayer(NormalizationLayer):
@@ -25,7 +25,7 @@ class MovingStatisticsLayer(NormalizationLayer):
     def __init__(self, momentum: float, epsilon: float, **kwargs):
         super().__init__(**kwargs)
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_epsilon("epsilon", epsilon)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
         self.moving_mean = None
         self.moving_variance = None
 
@@ -104,10 +104,3 @@ def affine_at_inference(layer: NormalizationLayer, mean, variance, epsilon: floa
     )
     scale = gamma / np.sqrt(variance + epsilon)
     return scale, beta - mean * scale
-
-
-def as_fraction(name: str, value) -> float:
-    """`value` as a Python float from 0 to 1, or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
-        raise ValueError(f"Argument `{name}` must be a number from 0 to 1. Received: {name}={value!r}")
-    return float(value)

@@ -4,10 +4,10 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
 from keras_proxynorm.kernels.channels import broadcast
 
 __all__ = ["VarianceNormalization"]

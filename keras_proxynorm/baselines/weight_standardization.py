@@ -5,10 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.moments import resolve_activation
 
 __all__ = ["WeightStandardization"]
@@ -72,7 +72,7 @@ class WeightStandardization(KernelNormalization):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
+        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
         self._elementwise = resolve_activation(activation)
         self.activation = keras.activations.get(activation)
 

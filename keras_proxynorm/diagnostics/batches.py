@@ -7,23 +7,12 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_proxynorm.layers.base import as_positive_integer
+from keras_proxynorm.arguments import as_positive_integer
 
-__all__ = ["Batch", "batches", "check_model"]
+__all__ = ["Batch", "batches"]
 
 # Inputs, targets and sample weights; the last two may be None.
 Batch = tuple
-
-
-def check_model(model) -> None:
-    """Raises a ValueError unless `model` is a model with weights."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
-    if not model.built:
-        raise ValueError(
-            "Argument `model` must be built, so that it has weights: call it on a batch, or begin a Sequential with a "
-            f"keras.Input. Received: model={model!r}"
-        )
 
 
 def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int = 0) -> Iterator[Batch]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import as_positive_integer
 from keras_proxynorm.diagnostics.landscape import loss_landscape
 from keras_proxynorm.diagnostics.power import power_decomposition
 from keras_proxynorm.diagnostics.propagation import signal_propagation
-from keras_proxynorm.layers.base import as_positive_integer
 
 __all__ = ["LogLossLandscape", "LogPowerDecomposition", "LogSignalPropagation"]
 

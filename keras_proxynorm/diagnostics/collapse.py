@@ -8,13 +8,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.diagnostics.observation import LayerChoice
 from keras_proxynorm.diagnostics.power import PowerDecomposition
 from keras_proxynorm.diagnostics.power import channel_powers
 from keras_proxynorm.diagnostics.power import decomposition
 from keras_proxynorm.diagnostics.tables import LayerTable
 from keras_proxynorm.layers import ProxyActivation
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
+from keras_proxynorm.observation.layers import LayerChoice
 
 __all__ = ["CollapseReport", "Finding", "collapse_report"]
 

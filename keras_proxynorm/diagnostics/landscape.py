@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import Batch
 from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.batches import check_model
 from keras_proxynorm.diagnostics.gradients import batch_loss
 from keras_proxynorm.diagnostics.gradients import compiled_value_and_gradients
 from keras_proxynorm.diagnostics.gradients import norm
-from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.plots import plot_landscape
+from keras_proxynorm.observation.layers import left_unchanged
 
 __all__ = ["LossLandscape", "loss_landscape"]
 
@@ -167,7 +167,7 @@ def loss_landscape(
     - [Santurkar et al., 2018](https://arxiv.org/abs/1805.11604), "How Does Batch Normalization Help Optimization?"
     - [Bjorck et al., 2018](https://arxiv.org/abs/1806.02375), "Understanding Batch Normalization"
     """
-    check_model(model)
+    check_built_model(model)
     variables = model.trainable_variables
     if not variables:
         raise ValueError(

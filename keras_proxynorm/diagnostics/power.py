@@ -6,22 +6,22 @@ from typing import ClassVar
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.batches import check_model
-from keras_proxynorm.diagnostics.observation import LayerChoice
-from keras_proxynorm.diagnostics.observation import channel_axis
-from keras_proxynorm.diagnostics.observation import channel_statistics
-from keras_proxynorm.diagnostics.observation import check_all_seen
-from keras_proxynorm.diagnostics.observation import choose
-from keras_proxynorm.diagnostics.observation import distinct
-from keras_proxynorm.diagnostics.observation import is_normalization
-from keras_proxynorm.diagnostics.observation import is_visible
-from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.plots import plot_powers
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.tables import LayerTable
-from keras_proxynorm.layers.observation import normalized_input
-from keras_proxynorm.layers.observation import observed
+from keras_proxynorm.observation.calls import normalized_input
+from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.layers import LayerChoice
+from keras_proxynorm.observation.layers import channel_axis
+from keras_proxynorm.observation.layers import channel_statistics
+from keras_proxynorm.observation.layers import check_all_seen
+from keras_proxynorm.observation.layers import choose
+from keras_proxynorm.observation.layers import distinct
+from keras_proxynorm.observation.layers import is_normalization
+from keras_proxynorm.observation.layers import is_visible
+from keras_proxynorm.observation.layers import left_unchanged
 
 __all__ = ["PowerDecomposition", "channel_powers", "decomposition", "power_decomposition"]
 
@@ -146,7 +146,7 @@ def channel_powers(
     model, data, layers, training, batch_size, steps, verbose
 ) -> dict[str, tuple[keras.layers.Layer, ChannelPowers]]:
     """The layers and the statistics behind `power_decomposition`, by name."""
-    check_model(model)
+    check_built_model(model)
     chosen = choose(model, layers, is_normalization, "normalization layer")
     measured: dict[tuple[str, int], ChannelPowers] = {}
 

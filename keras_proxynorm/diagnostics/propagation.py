@@ -6,25 +6,25 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.batches import check_model
 from keras_proxynorm.diagnostics.gradients import batch_loss
 from keras_proxynorm.diagnostics.gradients import norm
 from keras_proxynorm.diagnostics.gradients import value_and_gradients
-from keras_proxynorm.diagnostics.observation import LayerChoice
-from keras_proxynorm.diagnostics.observation import channel_axis
-from keras_proxynorm.diagnostics.observation import channel_statistics
-from keras_proxynorm.diagnostics.observation import check_all_seen
-from keras_proxynorm.diagnostics.observation import choose
-from keras_proxynorm.diagnostics.observation import distinct
-from keras_proxynorm.diagnostics.observation import has_activation
-from keras_proxynorm.diagnostics.observation import is_visible
-from keras_proxynorm.diagnostics.observation import left_unchanged
 from keras_proxynorm.diagnostics.plots import plot_signal
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.streaming import StreamingMoments
 from keras_proxynorm.diagnostics.tables import LayerTable
-from keras_proxynorm.layers.observation import observed
+from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.layers import LayerChoice
+from keras_proxynorm.observation.layers import channel_axis
+from keras_proxynorm.observation.layers import channel_statistics
+from keras_proxynorm.observation.layers import check_all_seen
+from keras_proxynorm.observation.layers import choose
+from keras_proxynorm.observation.layers import distinct
+from keras_proxynorm.observation.layers import has_activation
+from keras_proxynorm.observation.layers import is_visible
+from keras_proxynorm.observation.layers import left_unchanged
 
 __all__ = ["SignalPropagation", "signal_propagation"]
 
@@ -135,7 +135,7 @@ def signal_propagation(
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), "Beyond BatchNorm"
     - [Bjorck et al., 2018](https://arxiv.org/abs/1806.02375), "Understanding Batch Normalization"
     """
-    check_model(model)
+    check_built_model(model)
     chosen = choose(model, layers, has_activation, "layer whose output is an activation")
     # Targets without a loss, and a loss without targets, are no error unless a loss was asked for.
     has_loss = loss is not None or (getattr(model, "compiled", False) and getattr(model, "loss", None) is not None)

@@ -57,7 +57,7 @@ def group_normalize_and_activate(
         A tensor of the shape and dtype of `x`.
     """
     if mask is None and activation.is_standard and keras.backend.backend() == "tensorflow":
-        from keras_proxynorm.kernels import tensorflow_gradient
+        from keras_proxynorm.kernels.tensorflow.normalize_and_activate import normalize_and_activate
 
         ones, zeros = (functools.partial(make, (x.shape[axis],), x.dtype) for make in (ops.ones, ops.zeros))
         if proxy_moments is None:
@@ -68,9 +68,7 @@ def group_normalize_and_activate(
             shift = mean * factor
         scale = ones() if gamma is None else gamma
         offset = zeros() if beta is None else beta
-        return tensorflow_gradient.normalize_and_activate(
-            x, scale, offset, factor, shift, activation, groups, axis, epsilon
-        )
+        return normalize_and_activate(x, scale, offset, factor, shift, activation, groups, axis, epsilon)
     gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
     pivot, distance, variance = group_moments(x, groups, axis, mask)
     if mask is not None:

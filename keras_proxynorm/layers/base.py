@@ -1,16 +1,16 @@
 """What all layers of the package share: axis, scale and offset, their arguments, config and error messages."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 from typing import TypeAlias
 
 import keras
-import numpy as np
 from keras import constraints
 from keras import initializers
 from keras import ops
 from keras import regularizers
+
+from keras_proxynorm.arguments import as_integer
 
 __all__ = [
     "ActivationLike",
@@ -18,9 +18,6 @@ __all__ = [
     "InitializerLike",
     "NormalizationLayer",
     "RegularizerLike",
-    "as_epsilon",
-    "as_integer",
-    "as_positive_integer",
 ]
 
 # A layer is a callable, too.
@@ -173,25 +170,3 @@ class NormalizationLayer(keras.layers.Layer):
             }
         )
         return config
-
-
-def as_integer(name: str, value, expected: str) -> int:
-    """`value` as a Python integer, or a ValueError; NumPy's integers are integers too, booleans are not."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value!r}")
-    return int(value)
-
-
-def as_positive_integer(name: str, value) -> int:
-    """`value` as a positive Python integer, or a ValueError."""
-    value = as_integer(name, value, "a positive integer")
-    if value < 1:
-        raise ValueError(f"Argument `{name}` must be a positive integer. Received: {name}={value}")
-    return value
-
-
-def as_epsilon(name: str, value) -> float:
-    """`value` as a Python float that is not negative, or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
-        raise ValueError(f"Argument `{name}` must be a number that is not negative. Received: {name}={value!r}")
-    return float(value)

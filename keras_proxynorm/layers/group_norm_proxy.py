@@ -5,12 +5,12 @@ import warnings
 import keras
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import RegularizerLike
-from keras_proxynorm.layers.base import as_epsilon
-from keras_proxynorm.layers.base import as_integer
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["GroupNormProxy"]
@@ -130,7 +130,7 @@ class GroupNormProxy(ProxyNormalizationLayer):
         groups = as_integer("groups", groups, expected)
         if groups < 1 and groups != -1:
             raise ValueError(f"Argument `groups` must be {expected}. Received: groups={groups}")
-        epsilon = as_epsilon("epsilon", epsilon)
+        epsilon = as_nonnegative("epsilon", epsilon)
         super().__init__(
             axis=axis,
             center=center,

@@ -10,12 +10,12 @@ from keras import ops
 from keras import regularizers
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.layers.base import RegularizerLike
-from keras_proxynorm.layers.base import as_epsilon
 from keras_proxynorm.moments import check_method
 from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
@@ -66,7 +66,7 @@ class ProxyNormalizationLayer(NormalizationLayer):
         self.supports_masking = True
         # Not by the property: on PyTorch a layer is a Module, and Modules are assigned past properties.
         self._set_activation(activation)
-        self.proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
+        self.proxy_epsilon = as_nonnegative("proxy_epsilon", proxy_epsilon)
         self.proxy_moments = proxy_moments
         self.num_quantiles = num_quantiles
         self.learn_proxy = learn_proxy

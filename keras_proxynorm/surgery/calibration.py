@@ -12,9 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.layers.observation import channel_moments
-from keras_proxynorm.layers.observation import observed
-from keras_proxynorm.layers.observation import visit_normalized_inputs
+from keras_proxynorm.observation.calls import channel_moments
+from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.calls import visit_normalized_inputs
 
 __all__ = ["ChannelMoments", "calibrate_layers", "can_calibrate", "channel_moments_of_outputs", "set_affine"]
 

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.surgery.linear_weights import LinearWeights
+from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.graph.rescaling import Absorption
+from keras_proxynorm.graph.rescaling import Rescaling
+from keras_proxynorm.graph.rescaling import follow_rescalings
 from keras_proxynorm.surgery.planning import Plan
 from keras_proxynorm.surgery.planning import channel_axis
 from keras_proxynorm.surgery.report import Uncompensated
-from keras_proxynorm.surgery.rescaling import Absorption
-from keras_proxynorm.surgery.rescaling import Rescaling
-from keras_proxynorm.surgery.rescaling import follow_rescalings
 
 __all__ = ["compensate_in", "find_compensations"]
 

@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 import keras
 
+from keras_proxynorm.graph.activation_nodes import activation_of
+from keras_proxynorm.graph.activation_nodes import describe_activation
+from keras_proxynorm.graph.activation_nodes import looks_like_activation
+from keras_proxynorm.graph.activation_nodes import same_activation
+from keras_proxynorm.graph.layer_kinds import LINEAR
+from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.graph.layer_kinds import absorbs_offset
+from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import passes_offset
+from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.reading import Call
+from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import nested_model
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.surgery.activation_nodes import activation_of
-from keras_proxynorm.surgery.activation_nodes import describe_activation
-from keras_proxynorm.surgery.activation_nodes import looks_like_activation
-from keras_proxynorm.surgery.activation_nodes import same_activation
-from keras_proxynorm.surgery.graph import Call
-from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.graph import nested_model
-from keras_proxynorm.surgery.layer_kinds import LINEAR
-from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.surgery.layer_kinds import absorbs_offset
-from keras_proxynorm.surgery.layer_kinds import data_axis
-from keras_proxynorm.surgery.layer_kinds import passes_offset
-from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
 from keras_proxynorm.surgery.targets import Target
 
 __all__ = ["Decision", "Plan", "channel_axis", "make_plan"]

@@ -9,27 +9,28 @@ from typing import Literal
 
 import keras
 
+from keras_proxynorm.arguments import as_positive_integer
 from keras_proxynorm.baselines import BatchGroupNormalization
-from keras_proxynorm.layers.base import as_positive_integer
-from keras_proxynorm.layers.observation import check_batch
-from keras_proxynorm.surgery.activation_nodes import describe_activation
+from keras_proxynorm.graph.activation_nodes import describe_activation
+from keras_proxynorm.graph.carrying import carry_by_name
+from keras_proxynorm.graph.carrying import carry_compile_state
+from keras_proxynorm.graph.carrying import carry_group_statistics
+from keras_proxynorm.graph.carrying import carry_own_weights
+from keras_proxynorm.graph.carrying import carry_state
+from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.carrying import late_regularizers
+from keras_proxynorm.graph.cloning import Cloner
+from keras_proxynorm.graph.reading import check_readable
+from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.graph.reading import read_graphs
+from keras_proxynorm.graph.rescaling import Absorption
+from keras_proxynorm.observation.calls import check_batch
 from keras_proxynorm.surgery.calibration import calibrate_layers
 from keras_proxynorm.surgery.calibration import can_calibrate
 from keras_proxynorm.surgery.calibration import channel_moments_of_outputs
 from keras_proxynorm.surgery.calibration import set_affine
-from keras_proxynorm.surgery.carrying import carry_by_name
-from keras_proxynorm.surgery.carrying import carry_compile_state
-from keras_proxynorm.surgery.carrying import carry_group_statistics
-from keras_proxynorm.surgery.carrying import carry_own_weights
-from keras_proxynorm.surgery.carrying import carry_state
-from keras_proxynorm.surgery.carrying import dtype_of
-from keras_proxynorm.surgery.carrying import late_regularizers
-from keras_proxynorm.surgery.cloning import Cloner
 from keras_proxynorm.surgery.compensation import compensate_in
 from keras_proxynorm.surgery.compensation import find_compensations
-from keras_proxynorm.surgery.graph import check_readable
-from keras_proxynorm.surgery.graph import nested_model
-from keras_proxynorm.surgery.graph import read_graphs
 from keras_proxynorm.surgery.planning import Decision
 from keras_proxynorm.surgery.planning import Plan
 from keras_proxynorm.surgery.planning import channel_axis
@@ -37,7 +38,6 @@ from keras_proxynorm.surgery.planning import make_plan
 from keras_proxynorm.surgery.report import LayerReport
 from keras_proxynorm.surgery.report import ReplacementReport
 from keras_proxynorm.surgery.report import Uncompensated
-from keras_proxynorm.surgery.rescaling import Absorption
 from keras_proxynorm.surgery.selection import LayerSelection
 from keras_proxynorm.surgery.selection import selector
 from keras_proxynorm.surgery.targets import Target

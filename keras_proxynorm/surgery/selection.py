@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 import keras
 
-from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.graph.reading import Graph
 
 __all__ = ["LayerSelection", "selector"]
 

@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 
-from keras_proxynorm.layers.base import as_positive_integer
-from keras_proxynorm.layers.observation import check_batch
-from keras_proxynorm.layers.observation import visit_normalized_inputs
+from keras_proxynorm.arguments import as_positive_integer
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
+from keras_proxynorm.observation.calls import check_batch
+from keras_proxynorm.observation.calls import visit_normalized_inputs
 
 __all__ = ["CalibrateProxies", "calibrate_proxies"]
 

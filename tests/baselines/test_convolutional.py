@@ -13,8 +13,8 @@ from baselines.samples import normal
 from baselines.samples import randomize
 
 from keras_proxynorm.baselines import ConvolutionalNormalization
-from keras_proxynorm.kernels.frequencies import filter_frequencies
-from keras_proxynorm.kernels.frequencies import kernel_power
+from keras_proxynorm.baselines.frequencies import filter_frequencies
+from keras_proxynorm.baselines.frequencies import kernel_power
 
 
 def built(shape, convolution, **kwargs):

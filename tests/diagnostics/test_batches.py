@@ -10,8 +10,8 @@ from diagnostics.samples import Numbers
 from diagnostics.samples import lists
 from diagnostics.samples import normal
 
+from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.batches import check_model
 
 X, Y, W = normal(7, 4), np.arange(7), normal(7, seed=1)
 
@@ -185,9 +185,9 @@ def test_no_batch():
 def test_model_that_is_none_or_not_built():
     for model in (None, keras.layers.Dense(3), "model"):
         with pytest.raises(ValueError, match="Argument `model` must be a keras.Model. Received: model="):
-            check_model(model)
+            check_built_model(model)
     with pytest.raises(ValueError, match="Argument `model` must be built"):
-        check_model(keras.Sequential([keras.layers.Dense(3)]))
+        check_built_model(keras.Sequential([keras.layers.Dense(3)]))
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="about tensors of TensorFlow elsewhere")

@@ -17,8 +17,8 @@ from surgery.stand_ins import image
 from surgery.stand_ins import randomize
 
 import keras_proxynorm as kp
-from keras_proxynorm.surgery.activation_nodes import describe_activation
-from keras_proxynorm.surgery.graph import read_graphs
+from keras_proxynorm.graph.activation_nodes import describe_activation
+from keras_proxynorm.graph.reading import read_graphs
 from keras_proxynorm.surgery.planning import make_plan
 from keras_proxynorm.surgery.targets import Target
 

@@ -8,9 +8,9 @@ from keras import activations
 from keras import layers
 from keras import ops
 
-from keras_proxynorm.surgery.activation_nodes import activation_of
-from keras_proxynorm.surgery.activation_nodes import describe_activation
-from keras_proxynorm.surgery.activation_nodes import same_activation
+from keras_proxynorm.graph.activation_nodes import activation_of
+from keras_proxynorm.graph.activation_nodes import describe_activation
+from keras_proxynorm.graph.activation_nodes import same_activation
 
 LAYERS = {
     "relu": layers.ReLU(),

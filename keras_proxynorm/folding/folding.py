@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import keras
 
-from keras_proxynorm.export.fold_plan import FoldPlan
-from keras_proxynorm.export.fold_plan import make_fold_plan
-from keras_proxynorm.export.folded_layers import FoldedNormalization
-from keras_proxynorm.surgery.carrying import carry_own_weights
-from keras_proxynorm.surgery.carrying import carry_state
-from keras_proxynorm.surgery.carrying import dtype_of
-from keras_proxynorm.surgery.cloning import ModelCloner
-from keras_proxynorm.surgery.graph import check_readable
-from keras_proxynorm.surgery.graph import nested_model
-from keras_proxynorm.surgery.graph import read_graphs
-from keras_proxynorm.surgery.linear_weights import LinearWeights
+from keras_proxynorm.folding.folded_normalization import FoldedNormalization
+from keras_proxynorm.folding.planning import FoldPlan
+from keras_proxynorm.folding.planning import make_fold_plan
+from keras_proxynorm.graph.carrying import carry_own_weights
+from keras_proxynorm.graph.carrying import carry_state
+from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.cloning import ModelCloner
+from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.graph.reading import check_readable
+from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.graph.reading import read_graphs
 
 __all__ = ["FoldReport", "fold", "fold_if_possible", "fold_with_report"]
 

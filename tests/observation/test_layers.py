@@ -12,13 +12,13 @@ from diagnostics.samples import small
 from diagnostics.samples import unchanged
 
 import keras_proxynorm as kp
-from keras_proxynorm.diagnostics import observation
 from keras_proxynorm.diagnostics import power_decomposition
 from keras_proxynorm.diagnostics import signal_propagation
+from keras_proxynorm.observation import layers as observed_layers
 
 
-def chosen(model, layers, default=observation.is_normalization):
-    return observation.choose(model, layers, default, "normalization layer")
+def chosen(model, layers, default=observed_layers.is_normalization):
+    return observed_layers.choose(model, layers, default, "normalization layer")
 
 
 def chain():
@@ -124,7 +124,7 @@ def test_nothing_chosen():
     ],
 )
 def test_has_activation(make, expected):
-    assert observation.has_activation(make()) is expected
+    assert observed_layers.has_activation(make()) is expected
 
 
 @pytest.mark.filterwarnings("error:Left out")
@@ -209,7 +209,7 @@ def test_in_a_loop_or_vectorized(steps):
     ],
 )
 def test_channel_axis(layer, rank, axis):
-    assert observation.channel_axis(layer(), rank) == axis
+    assert observed_layers.channel_axis(layer(), rank) == axis
 
 
 def test_the_call_of_a_layer_that_has_its_own_stays():
@@ -241,7 +241,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(where, monkeypatc
     if where == "observer":
         count = iter(range(10))
 
-        def statistics(*args, original=observation.channel_statistics):
+        def statistics(*args, original=observed_layers.channel_statistics):
             if next(count):
                 raise RuntimeError("stop")
             return original(*args)

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_proxynorm.surgery.graph import Call
-from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.graph import nested_model
-from keras_proxynorm.surgery.layer_kinds import CONVOLUTIONS
-from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
-from keras_proxynorm.surgery.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.surgery.layer_kinds import SEPARABLE
-from keras_proxynorm.surgery.layer_kinds import data_axis
-from keras_proxynorm.surgery.layer_kinds import pads_with_zeros
-from keras_proxynorm.surgery.layer_kinds import passes_affine
-from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
+from keras_proxynorm.graph.layer_kinds import DEPTHWISE
+from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.graph.layer_kinds import SEPARABLE
+from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import pads_with_zeros
+from keras_proxynorm.graph.layer_kinds import passes_affine
+from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.reading import Call
+from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import nested_model
 
 __all__ = ["Absorption", "GatedShift", "Loss", "Rescaling", "follow_rescalings"]
 

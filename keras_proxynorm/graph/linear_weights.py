@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
-from keras_proxynorm.surgery.layer_kinds import SEPARABLE
+from keras_proxynorm.graph.layer_kinds import DEPTHWISE
+from keras_proxynorm.graph.layer_kinds import SEPARABLE
 
 __all__ = ["LinearWeights", "as_float64", "why_weights_are_fixed"]
 

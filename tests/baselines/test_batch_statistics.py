@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies
 
-from keras_proxynorm.kernels.batch_statistics import Moments
-from keras_proxynorm.kernels.batch_statistics import channel_moments
-from keras_proxynorm.kernels.batch_statistics import merge
-from keras_proxynorm.kernels.batch_statistics import mix
-from keras_proxynorm.kernels.batch_statistics import unbiased
+from keras_proxynorm.baselines.batch_statistics import Moments
+from keras_proxynorm.baselines.batch_statistics import channel_moments
+from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import mix
+from keras_proxynorm.baselines.batch_statistics import unbiased
 
 
 @settings(deadline=None, max_examples=25)

@@ -9,22 +9,22 @@ import numpy as np
 
 from keras_proxynorm import baselines
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
+from keras_proxynorm.graph.layer_kinds import DEPTHWISE
+from keras_proxynorm.graph.layer_kinds import SEPARABLE
+from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.linear_weights import as_float64
+from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.rescaling import Absorption
+from keras_proxynorm.graph.rescaling import GatedShift
+from keras_proxynorm.graph.rescaling import Rescaling
+from keras_proxynorm.graph.rescaling import follow_rescalings
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
 from keras_proxynorm.moments import resolve_activation
-from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.layer_kinds import CONVOLUTIONS
-from keras_proxynorm.surgery.layer_kinds import DEPTHWISE
-from keras_proxynorm.surgery.layer_kinds import SEPARABLE
-from keras_proxynorm.surgery.layer_kinds import data_axis
-from keras_proxynorm.surgery.linear_weights import as_float64
-from keras_proxynorm.surgery.linear_weights import why_weights_are_fixed
 from keras_proxynorm.surgery.planning import channel_axis
-from keras_proxynorm.surgery.rescaling import Absorption
-from keras_proxynorm.surgery.rescaling import GatedShift
-from keras_proxynorm.surgery.rescaling import Rescaling
-from keras_proxynorm.surgery.rescaling import follow_rescalings
 
 __all__ = ["FoldPlan", "Folding", "make_fold_plan"]
 

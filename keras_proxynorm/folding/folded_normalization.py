@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
-from keras_proxynorm.export.inference_step import Constants
-from keras_proxynorm.export.inference_step import normalize_and_activate
+from keras_proxynorm.folding.forms import Constants
+from keras_proxynorm.folding.forms import normalize_and_activate
 from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
 

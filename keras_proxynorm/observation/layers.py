@@ -140,7 +140,7 @@ def left_unchanged(variables: Iterable, values: Iterable | None = None) -> Itera
 def distinct(keys: Iterable[tuple[str, int]]) -> list[str]:
     """Names for the outputs of layers, of which one may have outputs with different numbers of channels.
 
-    >>> from keras_proxynorm.diagnostics.observation import distinct
+    >>> from keras_proxynorm.observation.layers import distinct
     >>> distinct([("relu", 8), ("norm", 8), ("relu", 16)])
     ['relu', 'norm', 'relu#2']
     """

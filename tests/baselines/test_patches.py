@@ -8,7 +8,7 @@ from backends import numpy
 from backends import tensors
 from keras import layers
 
-from keras_proxynorm.kernels.patches import moment_derivatives
+from keras_proxynorm.baselines.patches import moment_derivatives
 
 CASES = {
     "dense": (lambda **kw: layers.Dense(4, **kw), (6, 5)),

@@ -12,6 +12,7 @@ from backends import compiled
 from backends import tensorflow_only
 
 import keras_proxynorm
+from keras_proxynorm.kernels.tensorflow import normalize_and_activate as step
 from keras_proxynorm.moments import resolve_activation
 
 ACTIVATIONS = {
@@ -41,7 +42,6 @@ def test_step_is_its_formula(name, method, mode):
     import tensorflow as tf
 
     from keras_proxynorm import reduction
-    from keras_proxynorm.kernels import tensorflow_gradient
 
     activation = resolve_activation(ACTIVATIONS[name])
     shape, axis = ((3, 4, 5, 6), 3) if method == "sum" else ((3, 6, 4, 5), 1)
@@ -49,13 +49,13 @@ def test_step_is_its_formula(name, method, mode):
     upstream = tf.random.stateless_normal(shape, (1, 2))
 
     def hand(x, scale, offset, factor, shift):
-        return tensorflow_gradient.normalize_and_activate(x, scale, offset, factor, shift, activation, 2, axis, 1e-3)
+        return step.normalize_and_activate(x, scale, offset, factor, shift, activation, 2, axis, 1e-3)
 
     def formula(x, scale, offset, factor, shift):
         # The kinks of a folded function are where rounding puts them.
         if activation.slopes is not None:
             scale, offset, factor = scale * factor, offset * factor, tf.ones_like(factor)
-        return tensorflow_gradient._Step(activation, 2, axis, 1e-3).formula(x, scale, offset, shift, factor)
+        return step._Step(activation, 2, axis, 1e-3).formula(x, scale, offset, shift, factor)
 
     def run(function, *inputs):
         with tf.GradientTape() as tape:
@@ -77,16 +77,14 @@ def test_gradient_penalty(name, mode):
     """Compiled code nests the custom gradients in other ways than eager code does."""
     import tensorflow as tf
 
-    from keras_proxynorm.kernels import tensorflow_gradient
-
     activation = resolve_activation(name)
     inputs = [tf.constant(value) for value in sample((3, 4, 5, 6), 3)]
 
     def hand(*inputs):
-        return tensorflow_gradient.normalize_and_activate(*inputs, activation, 2, 3, 1e-3)
+        return step.normalize_and_activate(*inputs, activation, 2, 3, 1e-3)
 
     def formula(x, scale, offset, factor, shift):
-        y = tensorflow_gradient._Step(activation, 2, 3, 1e-3).formula(x, scale, offset, shift)
+        y = step._Step(activation, 2, 3, 1e-3).formula(x, scale, offset, shift)
         return (y + shift) * factor - shift
 
     def penalty(function, *inputs):
@@ -108,7 +106,7 @@ def test_gradient_penalty(name, mode):
 def test_materialized_values_are_the_values():
     import tensorflow as tf
 
-    from keras_proxynorm.kernels.tensorflow_gradient import _materialize
+    from keras_proxynorm.kernels.tensorflow.normalize_and_activate import _materialize
 
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((4, 1, 1, 8)) * 10.0 ** rng.uniform(-30, 30, (4, 1, 1, 8))).astype("float32")

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import keras
 
-from keras_proxynorm.surgery.carrying import dtype_of
-from keras_proxynorm.surgery.graph import Graph
-from keras_proxynorm.surgery.graph import cannot_clone
-from keras_proxynorm.surgery.graph import is_functional
-from keras_proxynorm.surgery.graph import is_sequential
-from keras_proxynorm.surgery.graph import nested_model
+from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import cannot_clone
+from keras_proxynorm.graph.reading import is_functional
+from keras_proxynorm.graph.reading import is_sequential
+from keras_proxynorm.graph.reading import nested_model
 from keras_proxynorm.surgery.planning import Decision
 from keras_proxynorm.surgery.planning import Plan
 

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_proxynorm.surgery.graph import cannot_clone
+from keras_proxynorm.graph.reading import cannot_clone
 
 __all__ = [
     "carry_by_name",

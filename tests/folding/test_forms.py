@@ -14,10 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_proxynorm.export import inference_step
-from keras_proxynorm.export.inference_step import Constants
-from keras_proxynorm.export.inference_step import normalize_and_activate
-from keras_proxynorm.export.inference_step import traced_for
+from keras_proxynorm.folding import forms
+from keras_proxynorm.folding.forms import Constants
+from keras_proxynorm.folding.forms import normalize_and_activate
+from keras_proxynorm.folding.forms import traced_for
 
 # "large": as TensorFlow computes large images.
 FORMS = ["keras", "tensorflow", "large", "onnx"] if BACKEND == "tensorflow" else ["keras"]
@@ -50,7 +50,7 @@ def traced_as(form):
     limits = ["_SMALLEST_CONVOLVED", "_SMALLEST_POOLED"] if form == "large" else []
     with contextlib.ExitStack() as stack:
         for limit in limits:
-            stack.enter_context(mock.patch.object(inference_step, limit, 0))
+            stack.enter_context(mock.patch.object(forms, limit, 0))
         stack.enter_context(traced_for("tensorflow" if form == "large" else form))
         yield
 
@@ -276,13 +276,13 @@ def test_definition(data, rank, per_group, offset):
 
 
 def test_the_form_is_that_of_the_block():
-    assert inference_step._runtime == "keras"
+    assert forms._runtime == "keras"
     with pytest.raises(KeyError), traced_for("onnx"):
         with traced_for("tensorflow"):
-            assert inference_step._runtime == "tensorflow"
-        assert inference_step._runtime == "onnx"
+            assert forms._runtime == "tensorflow"
+        assert forms._runtime == "onnx"
         raise KeyError
-    assert inference_step._runtime == "keras"
+    assert forms._runtime == "keras"
 
 
 @tensorflow_only

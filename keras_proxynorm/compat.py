@@ -1,0 +1,73 @@
+"""Every private name of Keras, TensorFlow and tf2onnx that the package uses, behind functions of its own.
+
+Each function has a test that says what broke if a new version moves the name.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+
+import keras
+
+__all__ = [
+    "Node",
+    "convert_variables_to_constants",
+    "is_compiled_by_xla",
+    "layers_inside",
+    "nodes_of",
+    "uses_weight_decay",
+    "xla_optimization_barrier",
+]
+
+
+class Node(NamedTuple):
+    """One call of an operation while a functional model was made."""
+
+    operation: keras.Operation
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[keras.KerasTensor, ...]
+    is_input: bool
+
+
+def nodes_of(functional: keras.Model) -> Iterator[Node]:
+    """The calls in a functional model, each after those that it reads."""
+    for _, nodes in sorted(functional._nodes_by_depth.items(), reverse=True):
+        for node in nodes:
+            yield Node(
+                node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs), bool(node.is_input)
+            )
+
+
+def layers_inside(layer: keras.layers.Layer, include_self: bool = True) -> list[keras.layers.Layer]:
+    """A layer and all layers that it holds, at any depth; for a model, the layers of the models in it, too."""
+    return list(layer._flatten_layers(include_self=include_self))
+
+
+def uses_weight_decay(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
+    """Whether an optimizer lets a variable decay."""
+    return bool(optimizer._use_weight_decay(variable))
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether TensorFlow is tracing a function for XLA."""
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.executing_eagerly():
+        return False
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def xla_optimization_barrier(x):
+    """`x`, whose computation XLA does not merge with those after it; TensorFlow, while it traces for XLA."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return gen_xla_ops.xla_optimization_barrier(input=[x])[0]
+
+
+def convert_variables_to_constants(concrete):
+    """A concrete function of TensorFlow with the values of its variables as constants."""
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    return convert_variables_to_constants_v2(concrete)
