@@ -4,6 +4,7 @@ import os
 import warnings
 
 from keras_proxynorm.kernels import reduction
+from keras_proxynorm.kernels import set_reduction
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
@@ -21,6 +22,7 @@ __all__ = [
     "reduction",
     "register_activation",
     "replace_normalization",
+    "set_reduction",
 ]
 
 __version__ = "0.1.0"

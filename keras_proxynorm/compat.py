@@ -15,6 +15,7 @@ __all__ = [
     "is_compiled_by_xla",
     "layers_inside",
     "nodes_of",
+    "own_variables",
     "uses_weight_decay",
     "xla_optimization_barrier",
 ]
@@ -71,3 +72,8 @@ def convert_variables_to_constants(concrete):
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     return convert_variables_to_constants_v2(concrete)
+
+
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables that a layer saves itself, trainable ones first: not those of layers in it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]

@@ -7,6 +7,7 @@ from keras_proxynorm.kernels.proxy_norm import normalize
 from keras_proxynorm.kernels.proxy_norm import proxy_moments
 from keras_proxynorm.kernels.proxy_norm import proxy_normalize
 from keras_proxynorm.kernels.reductions import reduction
+from keras_proxynorm.kernels.reductions import set_reduction
 from keras_proxynorm.kernels.statistics import group_moments
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "proxy_moments",
     "proxy_normalize",
     "reduction",
+    "set_reduction",
 ]

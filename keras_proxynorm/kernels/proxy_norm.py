@@ -60,15 +60,15 @@ def group_normalize_and_activate(
         from keras_proxynorm.kernels.tensorflow.normalize_and_activate import normalize_and_activate
 
         ones, zeros = (functools.partial(make, (x.shape[axis],), x.dtype) for make in (ops.ones, ops.zeros))
-        if proxy_moments is None:
-            factor, shift = ones(), zeros()
-        else:
-            mean, variance = proxy_moments
-            factor = ops.rsqrt(variance + proxy_epsilon)
-            shift = mean * factor
         scale = ones() if gamma is None else gamma
         offset = zeros() if beta is None else beta
-        return normalize_and_activate(x, scale, offset, factor, shift, activation, groups, axis, epsilon)
+        if proxy_moments is None:
+            output_scale, output_offset = ones(), zeros()
+        else:
+            mean, variance = proxy_moments
+            output_scale = ops.rsqrt(variance + proxy_epsilon)
+            output_offset = -mean * output_scale
+        return normalize_and_activate(x, scale, offset, output_scale, output_offset, activation, groups, axis, epsilon)
     gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
     pivot, distance, variance = group_moments(x, groups, axis, mask)
     if mask is not None:

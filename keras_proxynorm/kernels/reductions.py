@@ -1,35 +1,41 @@
 """Sums over the positions of each sample and channel, in the way that is fast and exact on the device at hand."""
 
+import contextvars
 import math
 
 import keras
 from keras import ops
 
-from keras_proxynorm.kernels.compilation import is_compiled_by_xla
+from keras_proxynorm.arguments import as_choice
+from keras_proxynorm.compat import is_compiled_by_xla
 
-__all__ = ["position_sums", "reduction", "reduction_method"]
+__all__ = ["position_sums", "reduction", "reduction_method", "set_reduction"]
 
 _METHODS = ("auto", "matmul", "pool", "sum")
-_method = "auto"
 _LONGEST_SUM = 4096
 _SMALLEST_POOLED, _USUAL_BATCH_SIZE = 2**20, 8
 
+_of_process = "auto"
+# The methods of the `with` blocks that the running thread is in, the innermost last.
+_of_blocks: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("reduction", default=())
+
 
 class reduction:
-    """Sets how the layers sum over the positions of a sample: as a setting, or for a block of code.
+    """A context in which the layers sum over the positions of a sample by one method.
 
     On a CPU, average pooling over the whole image is the fastest reduction of a large tensor that TensorFlow has, and
     for XLA a product with a vector of ones, by far. On an accelerator a float32 product may be computed in TF32 or
     bfloat16, which is no longer a sum. The layers choose by the device that they find when they are traced. Choose for
-    them when you trace on one device for another:
+    them when you trace on one device for another.
+
+    The context belongs to the thread that enters it, and contexts can be nested. Other threads do not see it, nor do
+    threads that start inside it, as `tf.distribute.MirroredStrategy` starts for its replicas: `set_reduction` reaches
+    them. A function that is traced already keeps what it was traced with.
 
     Args:
-        method: ``"auto"`` (the default), ``"matmul"``, ``"pool"`` or ``"sum"``. Automatic is, on a CPU, ``"pool"`` for
-            large tensors in TensorFlow and ``"matmul"`` in XLA, on TensorFlow and JAX; anything else sums.
+        method: ``"auto"``, ``"matmul"``, ``"pool"`` or ``"sum"``. Automatic is, on a CPU, ``"pool"`` for large tensors
+            in TensorFlow and ``"matmul"`` in XLA, on TensorFlow and JAX; anything else sums.
             `keras_proxynorm.export` always uses ``"sum"``.
-
-    Calling it changes the setting of the process, for all threads; as a context manager it restores the previous one.
-    A function that is traced already keeps what it was traced with.
 
     Raises:
         ValueError: If the method is unknown.
@@ -40,25 +46,36 @@ class reduction:
     >>> layer = keras_proxynorm.GroupNormProxy(groups=2)
     >>> with keras_proxynorm.reduction("sum"):
     ...     y = layer(keras.ops.ones((1, 8, 8, 4)))
-    >>> _ = keras_proxynorm.reduction("auto")  # the setting from here on
     """
 
-    def __init__(self, method: str):
-        global _method
-        if method not in _METHODS:
-            raise ValueError(f"Argument `method` must be one of {_METHODS}. Received: method={method!r}")
-        self._method = method
-        self._previous, _method = _method, method
+    def __init__(self, method: str) -> None:
+        self._method = as_choice("method", method, _METHODS)
 
-    def __enter__(self):
-        global _method
-        if _method != self._method:  # entered again, or another one was set in between
-            self._previous, _method = _method, self._method
+    def __enter__(self) -> "reduction":
+        _of_blocks.set((*_of_blocks.get(), self._method))
         return self
 
-    def __exit__(self, *exception):
-        global _method
-        _method = self._previous
+    def __exit__(self, *exception: object) -> None:
+        _of_blocks.set(_of_blocks.get()[:-1])
+
+
+def set_reduction(method: str) -> None:
+    """Sets how the layers sum over the positions of a sample, for all threads, outside of `reduction` contexts.
+
+    Args:
+        method: As in `reduction`, where the methods are explained. ``"auto"`` is the setting at the start.
+
+    Raises:
+        ValueError: If the method is unknown.
+
+    Example:
+
+    >>> import keras_proxynorm
+    >>> keras_proxynorm.set_reduction("sum")  # from here on
+    >>> keras_proxynorm.set_reduction("auto")  # as at the start
+    """
+    global _of_process
+    _of_process = as_choice("method", method, _METHODS)
 
 
 def position_sums(x, axis: int):
@@ -113,9 +130,10 @@ def _chunks(axes, shape, longest=_LONGEST_SUM):
 
 
 def reduction_method(x) -> str:
-    """How sums over `x` are computed, by the setting or by the device."""
-    if _method != "auto":
-        return _method
+    """How sums over `x` are computed: by the innermost context, by the setting of the process, or by the device."""
+    method = (_of_process, *_of_blocks.get())[-1]
+    if method != "auto":
+        return method
     backend = keras.backend.backend()
     if backend == "tensorflow" and _tensorflow_device(x) == "CPU":
         if is_compiled_by_xla():

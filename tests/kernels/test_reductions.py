@@ -1,6 +1,7 @@
-"""Sums over positions by both methods, and how one of them is chosen."""
+"""Sums over positions by each method, and how one of them is chosen."""
 
 import concurrent.futures
+import threading
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import keras_proxynorm
 from keras_proxynorm import reduction
+from keras_proxynorm import set_reduction
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.reductions import reduction_method
 
@@ -47,33 +49,85 @@ def test_long_sums_keep_their_digits(axis, method, mode):
     np.testing.assert_allclose(found, x.sum(axes, dtype="float64", keepdims=True), rtol=2e-6)
 
 
-def test_setting():
+def test_contexts_nest_and_the_setting_is_below_them():
     (x,) = tensors(np.zeros((1, 2, 3), "float32"))
     automatic = reduction_method(x)
     try:
-        reduction("matmul")
+        set_reduction("matmul")
         assert reduction_method(x) == "matmul"
         with reduction("sum"):
             assert reduction_method(x) == "sum"
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # where tf.distribute traces
-                assert pool.submit(reduction_method, x).result() == "sum"
             with pytest.raises(ZeroDivisionError), reduction("pool"):
+                assert reduction_method(x) == "pool"
                 _ = 1 / 0
             assert reduction_method(x) == "sum"
-        assert reduction_method(x) == "matmul"
-        again = reduction("pool")
-        for _ in range(2):
-            with again:
-                assert reduction_method(x) == "pool"
-            assert reduction_method(x) == "matmul"
+            with reduction("auto"):
+                assert reduction_method(x) == automatic
+            set_reduction("pool")
+            assert reduction_method(x) == "sum"
+        assert reduction_method(x) == "pool"
     finally:
-        reduction("auto")
+        set_reduction("auto")
     assert reduction_method(x) == automatic
 
 
-def test_unknown_method():
-    with pytest.raises(ValueError, match="`method`.*'fast'"):
-        reduction("fast")
+def test_a_context_can_be_entered_again_and_does_nothing_before():
+    (x,) = tensors(np.zeros((1, 2, 3), "float32"))
+    automatic = reduction_method(x)
+    again = reduction("pool")
+    assert reduction_method(x) == automatic
+    with again, reduction("sum"), again:
+        assert reduction_method(x) == "pool"
+    with again:
+        assert reduction_method(x) == "pool"
+    assert reduction_method(x) == automatic
+
+
+def test_threads_do_not_see_the_contexts_of_others():
+    """Two threads are in a context of one object and in another at the same time, and leave them in any order."""
+    (x,) = tensors(np.zeros((1, 2, 3), "float32"))
+    automatic = reduction_method(x)
+    shared, both = reduction("matmul"), threading.Barrier(2, timeout=60)
+
+    def run(method):
+        found = []
+        with shared:
+            both.wait()
+            with reduction(method):
+                both.wait()
+                found.append(reduction_method(x))
+                both.wait()
+            found.append(reduction_method(x))
+            if method == "sum":
+                both.wait()
+        if method == "pool":
+            both.wait()
+        found.append(reduction_method(x))
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads, reduction("sum"):
+        first, second = threads.map(run, ("sum", "pool"))
+        assert reduction_method(x) == "sum"
+    assert first == ["sum", "matmul", automatic]
+    assert second == ["pool", "matmul", automatic]
+
+
+def test_the_setting_reaches_all_threads():
+    (x,) = tensors(np.zeros((1, 2, 3), "float32"))
+    try:
+        set_reduction("pool")
+        with concurrent.futures.ThreadPoolExecutor(1) as threads, reduction("sum"):
+            # As tf.distribute traces.
+            assert threads.submit(reduction_method, x).result() == "pool"
+    finally:
+        set_reduction("auto")
+
+
+@pytest.mark.parametrize("set_method", [reduction, set_reduction])
+@pytest.mark.parametrize("method", ["fast", None, ["sum"]])
+def test_unknown_method(set_method, method):
+    with pytest.raises(ValueError, match="`method` must be one of 'auto', 'matmul', 'pool', 'sum'. Received: method="):
+        set_method(method)
 
 
 @pytest.mark.parametrize("size", ["small", "large"])

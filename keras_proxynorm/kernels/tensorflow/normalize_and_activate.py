@@ -1,11 +1,13 @@
 """Normalize, affine and activation in as few passes over memory as TensorFlow allows, with a gradient by hand."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
+from keras_proxynorm.compat import is_compiled_by_xla
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import barrier
-from keras_proxynorm.kernels.compilation import is_compiled_by_xla
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.reductions import reduction_method
 from keras_proxynorm.kernels.statistics import group_moments
@@ -19,9 +21,17 @@ __all__ = ["normalize_and_activate"]
 
 
 def normalize_and_activate(
-    x, scale, offset, factor, shift, activation: ElementwiseActivation, groups: int, axis: int, epsilon: float
-):
-    """``factor * activation(scale * y + offset) - shift`` for the normalized ``y = (x - mean) / sqrt(var + epsilon)``.
+    x,
+    scale,
+    offset,
+    output_scale,
+    output_offset,
+    activation: ElementwiseActivation,
+    groups: int,
+    axis: int,
+    epsilon: float,
+) -> Any:
+    """``output_scale * activation(scale * y + offset) + output_offset`` for ``y = (x - mean) / sqrt(var + epsilon)``.
 
     The gradient takes two sums over the positions, of the gradient ``g`` before the affine and of ``g (x - mean)``, and
     keeps as few whole tensors as batch normalization does: `x`, and the output or the input of the activation. It can
@@ -31,8 +41,8 @@ def normalize_and_activate(
         x: Float tensor of rank 2 or more; axis 0 is the batch.
         scale: Tensor of shape ``(channels,)``.
         offset: Tensor of shape ``(channels,)``.
-        factor: Tensor of shape ``(channels,)``.
-        shift: Tensor of shape ``(channels,)``.
+        output_scale: Tensor of shape ``(channels,)``, positive.
+        output_offset: Tensor of shape ``(channels,)``.
         activation: The activation.
         groups: Number of groups of channels that share their statistics.
         axis: Index of the channel axis, positive.
@@ -41,11 +51,9 @@ def normalize_and_activate(
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    folds = activation.slopes is not None and activation.kinks in ((), (0.0,))
-    if folds:
-        # Such a function commutes with the positive factor.
-        scale, offset, factor = scale * factor, offset * factor, None
-    vectors = [scale, offset, shift] if folds else [scale, offset, shift, factor]
+    vectors = [scale, offset, output_offset, output_scale]
+    if activation.is_homogeneous:
+        vectors = [scale * output_scale, offset * output_scale, output_offset]
     (pivot,) = _materialize(group_pivot(x, groups, axis))
     # Not in the step: its input is kept for the gradient, and then nobody needs `x`, which is as large.
     centered = x - pivot
@@ -60,47 +68,44 @@ class _Step:
         self.activation, self.groups, self.axis, self.epsilon = activation, groups, axis, epsilon
         self.is_relu = activation.slopes == (0.0, 1.0)
 
-    def formula(self, x, scale, offset, shift, factor=None):
+    def formula(self, x, scale, offset, output_offset, output_scale=None):
         """What `forward` computes, for automatic differentiation."""
         pivot, distance, variance = group_moments(x, self.groups, self.axis)
         y = (x - pivot - distance) * tf.math.rsqrt(variance + self.epsilon)
-        scale, offset, shift, factor = (channels.broadcast(v, x, self.axis) for v in (scale, offset, shift, factor))
+        scale, offset, output_offset, output_scale = (
+            channels.broadcast(vector, x, self.axis) for vector in (scale, offset, output_offset, output_scale)
+        )
         z = self.activation.function(y * scale + offset)
-        return (z if factor is None else z * factor) - shift
+        return (z if output_scale is None else z * output_scale) + output_offset
 
-    def forward(self, centered, scale, offset, shift, factor=None):
+    def forward(self, centered, scale, offset, output_offset, output_scale=None):
         # Small tensors have the shape (batch, groups, channels of a group), with size 1 where channels agree.
         distance, variance = moments_about_pivot(centered, self.groups, self.axis)
         inverse = tf.math.rsqrt(variance + self.epsilon)
-        scale, offset, shift, factor = (self.split(vector) for vector in (scale, offset, shift, factor))
-        slope = inverse * scale
-        intercept = offset - distance * slope
+        scale, offset, output_offset, output_scale = map(self.split, (scale, offset, output_offset, output_scale))
+        # Of the centered input, for each sample.
+        total_scale = inverse * scale
+        total_offset = offset - distance * total_scale
         # Repeated for each sample, because TensorFlow broadcasts along one axis faster than along two.
-        repeat = tf.zeros_like(slope)
-        factor_of_samples = None if factor is None else self.merge(repeat + factor, centered)
+        repeat = tf.zeros_like(total_scale)
         h = None
         if self.activation.is_identity:
-            slope, intercept = _materialize(self.merge(slope, centered), self.merge(intercept - shift, centered))
-            output = centered * slope + intercept
+            a, b = self.merge(centered, total_scale, total_offset + output_offset)
+            output = centered * a + b
         elif self.is_relu:
-            # r relu(h) - s = max(r h - s, -s), and its gradient needs the output alone.
-            slope, intercept, shift = _materialize(
-                self.merge(slope, centered),
-                self.merge(intercept - shift, centered),
-                self.merge(repeat - shift, centered),
+            # relu(h) + d = max(h + d, d), and its gradient needs the output alone.
+            a, b, output_offset = self.merge(
+                centered, total_scale, total_offset + output_offset, repeat + output_offset
             )
-            output = tf.maximum(centered * slope + intercept, shift)
+            output = tf.maximum(centered * a + b, output_offset)
         else:
-            slope, intercept, shift = _materialize(
-                self.merge(slope, centered), self.merge(intercept, centered), self.merge(repeat + shift, centered)
-            )
-            h = centered * slope + intercept
+            a, b, output_offset = self.merge(centered, total_scale, total_offset, repeat + output_offset)
+            h = centered * a + b
             output = self.activation.function(h)
-            if factor is not None:
-                (factor_of_samples,) = _materialize(factor_of_samples)
-                output = output * factor_of_samples
-            output = output - shift
-        kept = (output, h, centered, distance, inverse, scale, shift, factor)
+            if output_scale is not None:
+                output = output * self.merge(centered, repeat + output_scale)[0]
+            output = output + output_offset
+        kept = (output, h, centered, distance, inverse, scale, output_offset, output_scale)
 
         def backward(upstream):
             # Otherwise TensorFlow computes what it can of the gradient early, and holds it until the rest is there.
@@ -109,40 +114,41 @@ class _Step:
 
         return output, backward
 
-    def backward(self, upstream, output, h, centered, distance, inverse, scale, shift, factor):
-        d_shift = -self.vector(position_sums(upstream, self.axis))
-        d_factor = []
+    def backward(self, upstream, output, h, centered, distance, inverse, scale, output_offset, output_scale):
+        d_output_offset = self.vector(position_sums(upstream, self.axis))
+        d_output_scale = []
         if self.activation.is_identity:
             dh = upstream
         elif self.is_relu:
-            dh = tf.raw_ops.ReluGrad(gradients=upstream, features=output - shift)
+            dh = tf.raw_ops.ReluGrad(gradients=upstream, features=output - output_offset)
         else:
             products, dh = _products(self.activation.function, h, upstream)
-            if factor is not None:
-                d_factor = [self.vector(position_sums(products, self.axis))]
-                scale = scale * factor
+            if output_scale is not None:
+                d_output_scale = [self.vector(position_sums(products, self.axis))]
+                scale = scale * output_scale
         sums = self.split(barrier(position_sums(dh, self.axis)))
         # Of products with the distance from the mean, in two steps: of those with x it would be rounding errors.
         products = self.split(barrier(position_sums(dh * centered, self.axis))) - distance * sums
         count = group_size(centered, self.groups, self.axis)
         mean = tf.reduce_sum(sums * scale, axis=2, keepdims=True) / count
         covariance = tf.reduce_sum(products * scale, axis=2, keepdims=True) / count
-        slope = inverse * scale
-        inclination = -(inverse**3) * covariance
-        constant = -inverse * mean - inclination * distance
-        repeat = tf.zeros_like(slope)
-        slope, inclination, constant = _materialize(
-            *(self.merge(value, centered) for value in (slope, repeat + inclination, repeat + constant))
-        )
-        dx = dh * slope + (centered * inclination + constant)
-        factor = 1.0 if factor is None else factor
-        return [dx, self.vector(products * inverse * factor), self.vector(sums * factor), d_shift, *d_factor]
+        total_scale = inverse * scale
+        by_variance = -(inverse**3) * covariance
+        constant = -inverse * mean - by_variance * distance
+        repeat = tf.zeros_like(total_scale)
+        a, b, c = self.merge(centered, total_scale, repeat + by_variance, repeat + constant)
+        dx = dh * a + (centered * b + c)
+        if output_scale is not None:
+            products, sums = products * output_scale, sums * output_scale
+        d_scale, d_offset = self.vector(products * inverse), self.vector(sums)
+        return [dx, d_scale, d_offset, d_output_offset, *d_output_scale]
 
     def split(self, values):
         return channels.by_groups(values, self.groups, self.axis)
 
-    def merge(self, values, like):
-        return channels.by_channels(values, like, self.axis)
+    def merge(self, like, *values):
+        """The inverse of `split`, of values that are then broadcast to `like`."""
+        return _materialize(*(channels.by_channels(value, like, self.axis) for value in values))
 
     def vector(self, sums):
         """Sums over the samples of what has been summed over the positions, as a vector of the channels."""
@@ -165,8 +171,8 @@ def _products(function, h, upstream):
 def _materialize(*tensors):
     """Keeps XLA from computing small tensors anew for each element of a large one that they are broadcast to.
 
-    On CPU it fuses even the error function into loops over whole images. What it does not fuse is a product; this one
-    is exact. Compilers for accelerators weigh that by themselves.
+    On CPU it fuses even the error function into loops over whole images. What it does not fuse is a matrix product;
+    this one is exact. Compilers for accelerators weigh that by themselves.
     """
     if not is_compiled_by_xla() or reduction_method(tensors[0]) != "matmul":
         return tensors

@@ -29,9 +29,9 @@ def sample(shape, axis, seed=0):
     """An input and the four vectors."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype("float32")
-    scale, offset, factor, shift = rng.standard_normal((4, shape[axis])).astype("float32")
+    scale, offset, output_scale, output_offset = rng.standard_normal((4, shape[axis])).astype("float32")
     scale[0] = offset[0] = 0.0  # the kink itself, for every element
-    return x, scale, offset, np.exp(factor), shift
+    return x, scale, offset, np.exp(output_scale), output_offset
 
 
 @tensorflow_only
@@ -48,14 +48,14 @@ def test_step_is_its_formula(name, method, mode):
     inputs = [tf.constant(value) for value in sample(shape, axis)]
     upstream = tf.random.stateless_normal(shape, (1, 2))
 
-    def hand(x, scale, offset, factor, shift):
-        return step.normalize_and_activate(x, scale, offset, factor, shift, activation, 2, axis, 1e-3)
+    def hand(*inputs):
+        return step.normalize_and_activate(*inputs, activation, 2, axis, 1e-3)
 
-    def formula(x, scale, offset, factor, shift):
-        # The kinks of a folded function are where rounding puts them.
+    def formula(x, scale, offset, output_scale, output_offset):
+        # Where the output scale is absorbed, the kinks are where rounding puts them.
         if activation.slopes is not None:
-            scale, offset, factor = scale * factor, offset * factor, tf.ones_like(factor)
-        return step._Step(activation, 2, axis, 1e-3).formula(x, scale, offset, shift, factor)
+            scale, offset, output_scale = scale * output_scale, offset * output_scale, tf.ones_like(output_scale)
+        return step._Step(activation, 2, axis, 1e-3).formula(x, scale, offset, output_offset, output_scale)
 
     def run(function, *inputs):
         with tf.GradientTape() as tape:
@@ -83,9 +83,9 @@ def test_gradient_penalty(name, mode):
     def hand(*inputs):
         return step.normalize_and_activate(*inputs, activation, 2, 3, 1e-3)
 
-    def formula(x, scale, offset, factor, shift):
-        y = step._Step(activation, 2, 3, 1e-3).formula(x, scale, offset, shift)
-        return (y + shift) * factor - shift
+    def formula(x, scale, offset, output_scale, output_offset):
+        y = step._Step(activation, 2, 3, 1e-3).formula(x, scale, offset, output_offset)
+        return (y - output_offset) * output_scale + output_offset
 
     def penalty(function, *inputs):
         with tf.GradientTape() as outer:
