@@ -11,11 +11,17 @@ import keras
 
 __all__ = [
     "Node",
+    "convert_arguments_like",
     "convert_variables_to_constants",
+    "copy_rematerialization",
+    "excludes_from_weight_decay",
     "is_compiled_by_xla",
+    "lambda_output_shape",
     "layers_inside",
     "nodes_of",
     "own_variables",
+    "track_loss",
+    "update_metrics",
     "uses_weight_decay",
     "xla_optimization_barrier",
 ]
@@ -33,8 +39,9 @@ class Node(NamedTuple):
 
 def nodes_of(functional: keras.Model) -> Iterator[Node]:
     """The calls in a functional model, each after those that it reads."""
+    order = {operation: index for index, operation in enumerate(functional.operations)}
     for _, nodes in sorted(functional._nodes_by_depth.items(), reverse=True):
-        for node in nodes:
+        for node in sorted(nodes, key=lambda node: order[node.operation]):
             yield Node(
                 node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs), bool(node.is_input)
             )
@@ -77,3 +84,36 @@ def convert_variables_to_constants(concrete):
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The variables that a layer saves itself, trainable ones first: not those of layers in it."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def excludes_from_weight_decay(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether anything was excluded from the weight decay of an optimizer."""
+    return any(getattr(optimizer, f"_exclude_from_weight_decay{kind}", None) for kind in ("", "_pattern"))
+
+
+def copy_rematerialization(source: keras.Operation, target: keras.Operation) -> None:
+    """Gives an operation the rematerialization that another one was made with, which no config holds."""
+    target._remat_mode = source._remat_mode
+
+
+def lambda_output_shape(layer: keras.layers.Lambda) -> Any:
+    """The argument `output_shape` that a Lambda layer was made with."""
+    return layer._output_shape
+
+
+def convert_arguments_like(wrapper: keras.Model, model: keras.Model) -> None:
+    """Makes a model hand its inputs on to another one as they are, if that one takes them so."""
+    wrapper._convert_input_args = model._convert_input_args
+    wrapper._allow_non_tensor_positional_args = model._allow_non_tensor_positional_args
+
+
+def track_loss(model: keras.Model, loss: Any, batch_size: Any) -> None:
+    """Adds the loss of a batch to the loss that a compiled model reports."""
+    model._loss_tracker.update_state(loss, sample_weight=batch_size)
+
+
+def update_metrics(
+    model: keras.Model, variables: Any, loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> tuple[dict[str, Any], Any]:
+    """The logs of a training step and the new values of the metrics' variables, without state; JAX only."""
+    return model._update_metrics_variables(variables, loss, x, y, y_pred, sample_weight)

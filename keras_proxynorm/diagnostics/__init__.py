@@ -1,4 +1,4 @@
-"""See what normalization does to a network: collapse, signal propagation, the loss landscape, in numbers and plots."""
+"""Measures what normalization does to a network: collapse, signal propagation, the loss landscape."""
 
 from keras_proxynorm.diagnostics.callbacks import LogLossLandscape
 from keras_proxynorm.diagnostics.callbacks import LogPowerDecomposition

@@ -1,29 +1,32 @@
-"""The batches of whatever a user would pass to `fit`, one at a time."""
+"""Batches, one at a time, of any data that `fit` takes."""
 
 import itertools
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import Any
+from typing import TypeAlias
 
 import keras
 import numpy as np
 
 from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.arguments import as_positive_integer_or_none
 
 __all__ = ["Batch", "batches"]
 
 # Inputs, targets and sample weights; the last two may be None.
-Batch = tuple
+Batch: TypeAlias = tuple
 
 
-def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int = 0) -> Iterator[Batch]:
-    """Goes through data once.
+def batches(data: Any, batch_size: int = 32, steps: int | None = None, verbose: int = 0) -> Iterator[Batch]:
+    """Yields the batches of data once.
 
     Args:
-        data: Inputs, or a tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, of arrays or tensors or
-            structures of them; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator,
+        data: Inputs, or a tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, of arrays, tensors or
+            structures of these; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator,
             a list of tuples or any other iterable of such batches.
-        batch_size: Positive integer, the size of the batches that arrays are cut into.
-        steps: Positive integer, the largest number of batches, or None for all.
+        batch_size: Positive integer, the size of the batches that arrays are split into.
+        steps: Positive integer, the maximum number of batches, or None for all.
         verbose: 1 for a progress bar, 0 for none.
 
     Yields:
@@ -33,12 +36,12 @@ def batches(data, batch_size: int = 32, steps: int | None = None, verbose: int =
         ValueError: If an argument is not of the form above, or if there is no batch.
     """
     batch_size = as_positive_integer("batch_size", batch_size)
-    steps = None if steps is None else as_positive_integer("steps", steps)
+    steps = as_positive_integer_or_none("steps", steps)
     return _with_progress(*_source(data, batch_size), steps, verbose)
 
 
 def _source(data, batch_size) -> tuple[Iterable, int | None]:
-    """All batches, and how many there are if that is known."""
+    """All batches, and their number if it is known."""
     if isinstance(data, keras.utils.PyDataset):
         count = data.num_batches
         indices: Iterable[int] = itertools.count() if count is None else range(int(count))
@@ -50,12 +53,12 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
         sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}
         if len(sizes) > 1 or not all(sizes):
             raise ValueError(
-                "Argument `data` must have arrays with one number of samples along their first axis, not 0. "
+                "Argument `data` must have arrays with the same number of samples along their first axis, not 0. "
                 f"Received: arrays of shapes {[tuple(leaf.shape) for leaf in leaves]}"
             )
         size = int(leaves[0].shape[0])
         starts = range(0, size, batch_size)
-        # A list is a model's inputs; only a tuple has targets.
+        # A list holds several inputs; only a tuple has targets.
         data = data if isinstance(data, tuple) else (data,)
 
         def cut(start):
@@ -70,7 +73,7 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
     try:
         count = len(data)  # type: ignore[arg-type]
     except TypeError:
-        # Datasets of TensorFlow whose length is unknown or infinite, and generators.
+        # TensorFlow datasets of unknown or infinite length, and generators.
         count = None
     return data, count
 
@@ -93,7 +96,7 @@ def _with_progress(source, count, steps, verbose):
 
 def _as_batch(batch):
     if keras.backend.backend() != "tensorflow":
-        # Tensors of TensorFlow, from its datasets.
+        # TensorFlow datasets yield tensors of TensorFlow.
         batch = keras.tree.map_structure(_as_array, batch)
     return keras.utils.unpack_x_y_sample_weight(batch)
 

@@ -4,30 +4,37 @@ import abc
 import importlib.util
 import os
 from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.diagnostics.batches import Batch
+from keras_proxynorm.diagnostics.gradients import LossLike
 from keras_proxynorm.diagnostics.landscape import loss_landscape
 from keras_proxynorm.diagnostics.power import power_decomposition
 from keras_proxynorm.diagnostics.propagation import signal_propagation
+from keras_proxynorm.observation.layers import LayerChoice
 
 __all__ = ["LogLossLandscape", "LogPowerDecomposition", "LogSignalPropagation"]
 
 
 class _Log(keras.callbacks.Callback, abc.ABC):
-    """Measures at the end of epochs, and hands on what it finds."""
+    """Measures at the end of epochs and logs the results."""
 
-    # What the names of the numbers begin with, unless it is given.
+    # The arguments of the diagnosis but model and data.
+    options: dict[str, Any]
+    # The default prefix of the names of the numbers.
     prefix: str
 
-    def __init__(self, data, every: int, log_dir: str | os.PathLike | None, name: str | None):
+    def __init__(self, data: Any, every: int, log_dir: str | os.PathLike | None, name: str | None) -> None:
         super().__init__()
         if isinstance(data, Iterator):
             raise ValueError(
-                "Argument `data` must be something that can be gone through again and again, such as arrays or a "
-                f"dataset. Received: data of the type {type(data).__name__}"
+                "Argument `data` must be data that can be iterated repeatedly, such as arrays or a dataset. "
+                f"Received: data of the type {type(data).__name__}"
             )
         self.data = data
         self.name = self.prefix if name is None else name
@@ -36,16 +43,16 @@ class _Log(keras.callbacks.Callback, abc.ABC):
             raise ImportError('Logging to TensorBoard needs: pip install "keras_proxynorm[tensorboard]"')
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.results: dict[int, object] = {}
-        self._writer = None
+        self._writer: Any = None
 
     @abc.abstractmethod
-    def measure(self):
-        """Measures once, now; returns the result and a dict of numbers."""
+    def measure(self) -> tuple[Any, dict[str, float]]:
+        """Measures once, now; returns the result and its numbers by name."""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         self.results = {}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if (epoch + 1) % self.every:
             return
         self.results[epoch], numbers = self.measure()
@@ -54,18 +61,18 @@ class _Log(keras.callbacks.Callback, abc.ABC):
         for name, value in numbers.items():
             history.setdefault(f"{self.name}/{name}", []).append(value)
         if self.log_dir is not None:
-            self._write(epoch, numbers)
+            self._write(self.log_dir, epoch, numbers)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _write(self, epoch, numbers):
+    def _write(self, log_dir, epoch, numbers):
         import tensorflow as tf
 
         if self._writer is None:
-            self._writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "diagnostics"))
+            self._writer = tf.summary.create_file_writer(os.path.join(log_dir, "diagnostics"))
         with self._writer.as_default():
             for name, value in numbers.items():
                 tf.summary.scalar(f"{self.name}/{name}", value, step=epoch)
@@ -75,27 +82,27 @@ class _Log(keras.callbacks.Callback, abc.ABC):
 class LogPowerDecomposition(_Log):
     """Logs the power decomposition of the normalization layers every few epochs of `fit`.
 
-    The numbers go into the History of `fit`, under the names ``"power_decomposition/P1/<layer>"`` to ``P4``, one for
-    each epoch with a measurement, and to TensorBoard under the same names. The results are in ``.results``, by epoch.
+    The numbers are added to the History of `fit`, under the names ``"power_decomposition/P1/<layer>"`` to ``P4``, one
+    for each epoch with a measurement, and to TensorBoard under the same names. ``.results`` has the results by epoch.
 
     It costs a forward pass over the data that is not compiled, and takes as long as 2 to 3 training steps on as many
-    samples (measured with ResNet50V2 and EfficientNetB0 on a CPU, as for the others).
+    samples (measured with ResNet50V2 and EfficientNetB0 on a CPU, as for the other callbacks).
 
     Args:
-        data: Inputs, as in `power_decomposition`. Some tens of samples do.
+        data: Inputs, as in `power_decomposition`. Some tens of samples suffice.
         layers: As in `power_decomposition`.
-        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
-        log_dir: Optional directory of TensorBoard, such as that of `keras.callbacks.TensorBoard`; the subdirectory
-            "diagnostics" is written.
-        name: What the names of the numbers begin with, to tell two of these callbacks apart. Defaults to
+        every: Positive integer: the number of epochs between measurements. Defaults to 1.
+        log_dir: Optional directory of TensorBoard, such as that of `keras.callbacks.TensorBoard`; the callback writes
+            to the subdirectory "diagnostics".
+        name: Prefix of the names of the numbers, to distinguish two of these callbacks. Defaults to
             ``"power_decomposition"``.
         training: As in `power_decomposition`. Defaults to False.
         batch_size: As in `power_decomposition`. Defaults to 32.
         steps: As in `power_decomposition`.
 
     Raises:
-        ImportError: If there is a `log_dir` and tensorboard is not installed.
-        ValueError: If an argument is not of the form above.
+        ImportError: If `log_dir` is given and tensorboard is not installed.
+        ValueError: If an argument is not as described above.
 
     Example:
 
@@ -114,12 +121,26 @@ class LogPowerDecomposition(_Log):
     prefix = "power_decomposition"
 
     def __init__(
-        self, data, layers=None, *, every=1, log_dir=None, name=None, training=False, batch_size=32, steps=None
-    ):
+        self,
+        data: Any,
+        layers: LayerChoice = None,
+        *,
+        every: int = 1,
+        log_dir: str | os.PathLike | None = None,
+        name: str | None = None,
+        training: bool = False,
+        batch_size: int = 32,
+        steps: int | None = None,
+    ) -> None:
         super().__init__(data, every, log_dir, name)
-        self.options = {"layers": layers, "training": training, "batch_size": batch_size, "steps": steps}
+        self.options = {
+            "layers": layers,
+            "training": training,
+            "batch_size": batch_size,
+            "steps": steps,
+        }
 
-    def measure(self):
+    def measure(self) -> tuple[Any, dict[str, float]]:
         result = power_decomposition(self.model, self.data, verbose=0, **self.options)
         rows = zip(result.names, result.fractions.tolist(), strict=True)
         return result, {f"P{i + 1}/{name}": row[i] for name, row in rows for i in range(4)}
@@ -128,18 +149,18 @@ class LogPowerDecomposition(_Log):
 class LogSignalPropagation(_Log):
     """Logs the signal propagation of the network every few epochs of `fit`.
 
-    The numbers go into the History of `fit`, under names such as ``"signal_propagation/cosine/<layer>"``, one for each
-    epoch with a measurement, and to TensorBoard under the same names. The results are in ``.results``, by epoch.
+    The numbers are added to the History of `fit`, under names such as ``"signal_propagation/cosine/<layer>"``, one for
+    each epoch with a measurement, and to TensorBoard under the same names. ``.results`` has the results by epoch.
 
     It costs two forward passes and a backward pass over the data that are not compiled, and takes as long as 5 to 7
     training steps on as many samples.
 
     Args:
-        data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
-            in `signal_propagation`.
+        data: A tuple ``(inputs, targets)``, or only inputs to leave out gradients, or a dataset of such batches, as in
+            `signal_propagation`.
         layers: As in `signal_propagation`.
         loss: As in `signal_propagation`. Defaults to the one that the model is compiled with.
-        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
+        every: Positive integer: the number of epochs between measurements. Defaults to 1.
         log_dir: As in `LogPowerDecomposition`.
         name: As in `LogPowerDecomposition`. Defaults to ``"signal_propagation"``.
         training: As in `signal_propagation`. Defaults to True.
@@ -147,8 +168,8 @@ class LogSignalPropagation(_Log):
         steps: As in `signal_propagation`.
 
     Raises:
-        ImportError: If there is a `log_dir` and tensorboard is not installed.
-        ValueError: If an argument is not of the form above.
+        ImportError: If `log_dir` is given and tensorboard is not installed.
+        ValueError: If an argument is not as described above.
 
     Example:
 
@@ -168,24 +189,30 @@ class LogSignalPropagation(_Log):
 
     def __init__(
         self,
-        data,
-        layers=None,
+        data: Any,
+        layers: LayerChoice = None,
         *,
-        loss=None,
-        every=1,
-        log_dir=None,
-        name=None,
-        training=True,
-        batch_size=32,
-        steps=None,
-    ):
+        loss: LossLike = None,
+        every: int = 1,
+        log_dir: str | os.PathLike | None = None,
+        name: str | None = None,
+        training: bool = True,
+        batch_size: int = 32,
+        steps: int | None = None,
+    ) -> None:
         super().__init__(data, every, log_dir, name)
-        self.options = {"layers": layers, "loss": loss, "training": training, "batch_size": batch_size, "steps": steps}
+        self.options = {
+            "layers": layers,
+            "loss": loss,
+            "training": training,
+            "batch_size": batch_size,
+            "steps": steps,
+        }
 
-    def measure(self):
+    def measure(self) -> tuple[Any, dict[str, float]]:
         result = signal_propagation(self.model, self.data, verbose=0, **self.options)
         columns = result.columns()
-        # Without targets. After a training that failed, all numbers are NaN.
+        # Without targets; after a training that failed, all numbers are NaN.
         if np.isnan(columns["gradient_norm"]).all() and not np.isnan(columns["mean"]).all():
             del columns["gradient_norm"]
         return result, {
@@ -198,9 +225,9 @@ class LogSignalPropagation(_Log):
 class LogLossLandscape(_Log):
     """Logs the loss along the gradient every few epochs of `fit`.
 
-    The numbers of `LossLandscape.to_dict` go into the History of `fit`, under names such as
+    The numbers of `LossLandscape.to_dict` are added to the History of `fit`, under names such as
     ``"loss_landscape/effective_smoothness"``, one for each epoch with a measurement, and to TensorBoard under the same
-    names. The results are in ``.results``, by epoch.
+    names. ``.results`` has the results by epoch.
 
     It costs a compilation each time, and up to ``len(step_sizes) + 7`` forward and backward passes of the batch: with
     the default step sizes it takes as long as 40 to 50 training steps.
@@ -208,7 +235,7 @@ class LogLossLandscape(_Log):
     Args:
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
         loss: As in `loss_landscape`. Defaults to the one that the model is compiled with.
-        every: Positive integer: measure at the end of each so many epochs. Defaults to 1.
+        every: Positive integer: the number of epochs between measurements. Defaults to 1.
         log_dir: As in `LogPowerDecomposition`.
         name: As in `LogPowerDecomposition`. Defaults to ``"loss_landscape"``.
         step_sizes: As in `loss_landscape`.
@@ -216,8 +243,8 @@ class LogLossLandscape(_Log):
         training: As in `loss_landscape`. Defaults to True.
 
     Raises:
-        ImportError: If there is a `log_dir` and tensorboard is not installed.
-        ValueError: If an argument is not of the form above.
+        ImportError: If `log_dir` is given and tensorboard is not installed.
+        ValueError: If an argument is not as described above.
 
     Example:
 
@@ -236,11 +263,25 @@ class LogLossLandscape(_Log):
     prefix = "loss_landscape"
 
     def __init__(
-        self, batch, *, loss=None, every=1, log_dir=None, name=None, step_sizes=None, divergence=1.0, training=True
-    ):
+        self,
+        batch: Batch,
+        *,
+        loss: LossLike = None,
+        every: int = 1,
+        log_dir: str | os.PathLike | None = None,
+        name: str | None = None,
+        step_sizes: Sequence[float] | None = None,
+        divergence: float = 1.0,
+        training: bool = True,
+    ) -> None:
         super().__init__(batch, every, log_dir, name)
-        self.options = {"loss": loss, "step_sizes": step_sizes, "divergence": divergence, "training": training}
+        self.options = {
+            "loss": loss,
+            "step_sizes": step_sizes,
+            "divergence": divergence,
+            "training": training,
+        }
 
-    def measure(self):
+    def measure(self) -> tuple[Any, dict[str, float]]:
         result = loss_landscape(self.model, self.data, **self.options)
         return result, result.to_dict()

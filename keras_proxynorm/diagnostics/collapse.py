@@ -1,7 +1,8 @@
-"""Says in words which layers of a network are in trouble, and what to try."""
+"""Reports in words which layers of a network have collapsed, and what to try."""
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 from typing import ClassVar
 
 import keras
@@ -18,7 +19,7 @@ from keras_proxynorm.observation.layers import LayerChoice
 
 __all__ = ["CollapseReport", "Finding", "collapse_report"]
 
-# Choices of this package: the paper calls these states by name and gives no limits.
+# Thresholds are choices of this package: the paper names these states without any.
 _COLLAPSED = 0.5
 _SAMPLES_ALIKE = 2e-3
 _VANISHED = 1e-2
@@ -28,13 +29,13 @@ _FAR_STDDEV = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a layer.
+    """A problem of a layer.
 
     Attributes:
         layer: Name of the layer.
         problem: ``"values not finite"``, ``"vanished input"``, ``"channel-wise collapse"``, ``"no instance
             variability"``, ``"proxy far from data"`` or ``"moving statistics far from data"``.
-        evidence: The numbers that say so, in words.
+        evidence: The numbers that show it, in words.
         advice: What to try.
 
     Example:
@@ -55,16 +56,16 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class CollapseReport(LayerTable):
-    """What `collapse_report` found; as a string, in words.
+    """The result of `collapse_report`; as a string, in words.
 
     Attributes:
         names: Tuple of the names of the layers, in the order in which they are called.
         power: The `PowerDecomposition`.
-        mean_distance: Array: how far the means of the channels of the normalized pre-activation are from those that
-            the layer counts on, root mean square over the channels, in standard deviations. It counts on its proxy, or
-            for a batch normalization on mean 0; NaN for other layers.
-        stddev_ratio: Array: by what factor the standard deviations of the channels differ from those of the proxy, or
-            from 1, up or down, the median over the channels; NaN for other layers.
+        mean_distance: Array: the distance of the channels' means, in the normalized pre-activation, from the expected
+            mean, in expected standard deviations, root mean square over the channels. Expected are the moments of the
+            proxy, or 0 and 1 for a batch normalization; NaN for other layers.
+        stddev_ratio: Array: the factor, in either direction, between the channels' standard deviations and the expected
+            ones, median over the channels; NaN for other layers.
         findings: Tuple of `Finding`, by layer.
 
     Example:
@@ -85,11 +86,11 @@ class CollapseReport(LayerTable):
     findings: tuple[Finding, ...]
     number_format: ClassVar[str] = "{:.4f}"
 
-    def columns(self):
+    def columns(self) -> dict[str, np.ndarray]:
         return {**self.power.columns(), "mean_distance": self.mean_distance, "stddev_ratio": self.stddev_ratio}
 
-    def to_dict(self):
-        """A list for each column, ``"layer"`` and those of `columns`, and ``"problems"``, of each layer."""
+    def to_dict(self) -> dict[str, list]:
+        """Lists by column: ``"layer"``, those of `columns`, and ``"problems"``, a list for each layer."""
         problems: dict[str, list] = {name: [] for name in self.names}
         for finding in self.findings:
             problems[finding.layer].append(finding.problem)
@@ -113,27 +114,27 @@ class CollapseReport(LayerTable):
                 lines += textwrap.wrap(f"Try {advice}", 100, initial_indent="  ", subsequent_indent="  ")
         return "\n".join(lines)
 
-    def plot(self, ax=None, title: str | None = None, legend: bool = True):
-        """The plot of the power decomposition, see `PowerDecomposition.plot`."""
+    def plot(self, ax: Any = None, title: str | None = None, legend: bool = True) -> Any:
+        """Plots the power decomposition, see `PowerDecomposition.plot`."""
         return self.power.plot(ax, title, legend)
 
 
 _MEANING = {
-    "values not finite": "there are infinite values or NaN in it, and in all that follows.",
-    "vanished input": "the input hardly varies, epsilon outweighs its variance, and the output is nearly constant.",
-    "channel-wise collapse": "channels are nearly constant, over samples and positions, so that the layer sees little "
-    "but their means and the network behind it is nearly linear.",
-    "no instance variability": "samples have the same mean and standard deviation in each channel, so what tells them "
-    "apart by these, such as contrast or the amount of a texture, is lost.",
-    "proxy far from data": "proxy normalization works as far as its Gaussian resembles the data, and it does not here.",
-    "moving statistics far from data": "the moving averages that batch normalization uses at inference are not those "
-    "of these data.",
+    "values not finite": "the input has infinite values or NaN, and so has all that follows.",
+    "vanished input": "epsilon outweighs the variance of the input, and the output is nearly constant.",
+    "channel-wise collapse": "channels are nearly constant over samples and positions, so that activations act on "
+    "little but their means and the layers that follow are nearly linear.",
+    "no instance variability": "samples have the same mean and standard deviation in each channel, so that properties "
+    "such as contrast or the amount of a texture, by which these differ, are lost.",
+    "proxy far from data": "proxy normalization works if the data resemble its Gaussian, and they do not.",
+    "moving statistics far from data": "the moving averages that batch normalization uses at inference do not match "
+    "the data.",
 }
 
 
 def collapse_report(
     model: keras.Model,
-    data,
+    data: Any,
     layers: LayerChoice = None,
     *,
     training: bool = False,
@@ -141,38 +142,37 @@ def collapse_report(
     steps: int | None = None,
     verbose: int = 1,
 ) -> CollapseReport:
-    """Finds layers that collapse or whose data are not where they expect them, and says what to try.
+    """Finds layers that collapse or whose proxies or moving statistics do not match the data, and says what to try.
 
-    For each normalization layer it looks at the four power terms, see `power_decomposition`, and at the mean and the
+    For each normalization layer it examines the four power terms, see `power_decomposition`, and the mean and the
     standard deviation of each channel of the normalized pre-activation:
 
     - channel-wise collapse: P1, the share of the channels' means, is at least 0.5;
-    - no instance variability: P2 + P4, what differs between samples, is less than 0.002 of P2 + P3 + P4, as it is with
-      instance normalization, and for data that are noise;
-    - proxy far from data: the channels' means are off by more than 0.5 standard deviations of the proxy, or their
-      standard deviations by a factor of more than 2, as a median;
+    - no instance variability: P2 + P4, the difference between samples, is less than 0.002 of P2 + P3 + P4, as with
+      instance normalization, or for data that are noise;
+    - proxy far from data: `mean_distance` is more than 0.5, or `stddev_ratio` more than 2;
     - moving statistics far from data: the same for batch normalization with ``training=False``, as in any network that
-      is not trained yet; of these layers nothing else is said then;
-    - vanished input: the mean square of what is normalized is below 0.01, because epsilon outweighs the variance; not
+      is not trained yet; nothing else is reported of such a layer;
+    - vanished input: the mean square of the normalized input is below 0.01, because epsilon outweighs the variance; not
       for batch normalization;
     - values not finite.
 
-    The limits are choices of this package.
+    The thresholds are choices of this package.
 
     Args:
         model: A built Keras model of any kind.
         data: Inputs, as in `power_decomposition`.
-        layers: The normalization layers to look at, as in `power_decomposition`. Defaults to all.
+        layers: Normalization layers, as in `power_decomposition`. Defaults to all.
         training: If True, batch normalizations use the statistics of the batch. Defaults to False.
         batch_size: Positive integer, for arrays. Defaults to 32.
-        steps: Positive integer, the number of batches to look at. Defaults to all.
+        steps: Positive integer, the maximum number of batches. Defaults to all.
         verbose: 1 for a progress bar, 0 for none. Defaults to 1.
 
     Returns:
         A `CollapseReport`; print it.
 
     Raises:
-        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+        ValueError: If the model is not built, has no such layers, or if an argument is not as described above.
 
     Example:
 
@@ -189,7 +189,9 @@ def collapse_report(
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
-    measured = channel_powers(model, data, layers, training, batch_size, steps, verbose)
+    measured = channel_powers(
+        model, data, layers, training=training, batch_size=batch_size, steps=steps, verbose=verbose
+    )
     power = decomposition(measured)
     offs = np.array([_off(layer, powers, training) for layer, powers in measured.values()])
     findings = []
@@ -199,7 +201,7 @@ def collapse_report(
 
 
 def _off(layer, powers, training):
-    """How far the channels are from what the layer counts on: distance of the means, factor of the deviations."""
+    """Distance of the means and ratio of the standard deviations between the channels and those that are expected."""
     mean, stddev = np.zeros_like(powers.mean), np.ones_like(powers.mean)
     if isinstance(layer, ProxyNormalizationLayer):
         if layer.proxy is None:
@@ -209,7 +211,7 @@ def _off(layer, powers, training):
         return np.nan, np.nan
     variance = powers.variance
     if isinstance(layer, keras.layers.BatchNormalization):
-        # What it divides by has epsilon in it, so a variance of 0 is no reason to expect 1.
+        # It divides by the moving variance plus epsilon, so channels of variance 0 are not expected to have 1.
         moving = ops.convert_to_numpy(layer.moving_variance).astype("float64")
         variance = variance + layer.epsilon / (moving + layer.epsilon)
     tiny = np.finfo("float32").tiny
@@ -221,7 +223,7 @@ def _off(layer, powers, training):
 def _findings(name, layer, powers, terms, mean_distance, stddev_ratio):
     total = terms.sum()
     if not np.isfinite(total):
-        advice = "a smaller learning rate, or a look at the data and at the layers in front of it."
+        advice = "a smaller learning rate, and check the data and the preceding layers."
         yield Finding(name, "values not finite", f"its mean square is {total}", advice)
         return
     has_proxy = isinstance(layer, ProxyNormalizationLayer) and layer.proxy is not None
@@ -229,36 +231,33 @@ def _findings(name, layer, powers, terms, mean_distance, stddev_ratio):
     p1, p2, p3, p4 = terms / (total or 1)
     differs = (p2 + p4) / (p2 + p3 + p4) if p3 > 0 else 1.0
     far = mean_distance > _FAR_MEAN or stddev_ratio > _FAR_STDDEV
-    evidence = f"means off by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
+    evidence = f"means differ by {mean_distance:.2g} standard deviations, these by a factor of {stddev_ratio:.2g}"
     if is_batch_norm and far:
-        # Its input is not normalized then, so nothing follows from the rest.
-        advice = (
-            "more training steps or a smaller momentum, or training=True here to look at it with the statistics of the "
-            "batch."
-        )
+        # Its output is not normalized then, so the power terms mean nothing.
+        advice = "more training steps or a smaller momentum, or training=True here to use the statistics of the batch."
         yield Finding(name, "moving statistics far from data", evidence, advice)
         return
     if total < _VANISHED and not is_batch_norm and not isinstance(layer, ProxyActivation):
-        advice = "a smaller epsilon, or larger weights in front of it."
-        yield Finding(name, "vanished input", f"the mean square of what it normalizes is {total:.2g}, not 1", advice)
+        advice = "a smaller epsilon, or larger weights in the preceding layers."
+        yield Finding(name, "vanished input", f"the mean square of its normalized input is {total:.2g}, not 1", advice)
         return
     if p1 >= _COLLAPSED:
         evidence_p1 = f"{p1:.0%} of its power is in the means of the channels"
         yield Finding(name, "channel-wise collapse", evidence_p1, _collapse_advice(layer))
-    # Without positions there is nothing but samples to differ.
+    # Without positions, only samples can differ.
     if differs < _SAMPLES_ALIKE and powers.samples > 1:
         if getattr(layer, "groups", None) in (-1, len(powers.mean)):
-            advice = "fewer groups: with one channel in each, all that can differ is normalized away."
+            advice = "fewer groups: with one channel in each, all differences between samples are normalized away."
         else:
             advice = "data that differ more, if these are noise, or fewer groups."
-        yield Finding(name, "no instance variability", f"{differs:.2%} of what varies does between samples", advice)
+        yield Finding(name, "no instance variability", f"{differs:.2%} of the variation is between samples", advice)
     if has_proxy and far:
         if not layer.trainable:
-            advice = "to thaw the layer, layer.trainable = True, so that the proxy follows the data."
+            advice = "layer.trainable = True, so that the proxy follows the data."
         elif not layer.learn_proxy:
             advice = "learn_proxy=True, so that the proxy follows the data."
         else:
-            advice = "to train further, or with less weight decay on the proxies."
+            advice = "further training, or less weight decay on the proxies."
         yield Finding(name, "proxy far from data", evidence, advice)
 
 
@@ -266,9 +265,9 @@ def _collapse_advice(layer):
     if isinstance(layer, keras.layers.GroupNormalization):
         to = "layer_norm_proxy" if layer.groups == 1 else "group_norm_proxy"
         return (
-            "proxy normalization, which acts behind the activations in front of it: "
+            "proxy normalization, which acts after the preceding activations: "
             f'replace_normalization(model, to="{to}", layers=keras.layers.GroupNormalization).'
         )
     if isinstance(layer, ProxyNormalizationLayer):
-        return "to see whether the proxies of the layers in front of it are far from the data."
-    return "to take away what its input has in common over positions and samples, such as offsets."
+        return "checking whether the proxies of the preceding layers are far from the data."
+    return "removing what its input has in common over positions and samples, such as offsets."

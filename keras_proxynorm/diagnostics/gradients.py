@@ -1,15 +1,19 @@
 """The loss of a model as a function, and its gradients, on each backend of Keras."""
 
 from collections.abc import Callable
+from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import ops
 
-__all__ = ["batch_loss", "compiled_value_and_gradients", "norm", "value_and_gradients"]
+__all__ = ["LossLike", "batch_loss", "compiled_value_and_gradients", "norm", "value_and_gradients"]
+
+LossLike: TypeAlias = str | Callable | keras.losses.Loss | None
 
 
-def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
-    """The loss of a batch as a function, which runs the model.
+def batch_loss(model: keras.Model, loss: LossLike, training: bool) -> Callable:
+    """The loss of a batch as a function that runs the model.
 
     Args:
         model: A built model.
@@ -21,7 +25,7 @@ def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
         A function of inputs, targets and sample weights that returns a scalar tensor.
 
     Raises:
-        ValueError: If `loss` is None and the model is not compiled with one, or if Keras does not know it.
+        ValueError: If `loss` is None and the model is not compiled with a loss, or if Keras does not know the name.
     """
     if loss is None:
         if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
@@ -46,7 +50,7 @@ def batch_loss(model: keras.Model, loss, training: bool) -> Callable:
 
 
 class _LossOfFunction(keras.losses.Loss):
-    """The mean of what a function of targets and outputs returns, as `compile` takes it."""
+    """The loss that `compile` makes of a function of targets and outputs: its mean over the batch."""
 
     def __init__(self, function):
         super().__init__(name=getattr(function, "__name__", "loss").strip("<>_"))
@@ -57,7 +61,7 @@ class _LossOfFunction(keras.losses.Loss):
 
 
 def value_and_gradients(function: Callable, values: list) -> tuple:
-    """A scalar function of a list of tensors, and its gradients; None in place of a gradient means zero."""
+    """The value of a scalar function of a list of tensors, and its gradients, of which None means zero."""
     if not values:
         return function([]), []
     backend = keras.backend.backend()
@@ -69,7 +73,7 @@ def value_and_gradients(function: Callable, values: list) -> tuple:
             tape.watch(values)
             result = function(values)
         gradients = tape.gradient(result, values)
-        # Those of embeddings are sparse.
+        # Gradients of embeddings are sparse.
         return result, [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
     if backend == "jax":
         import jax
@@ -85,11 +89,11 @@ def value_and_gradients(function: Callable, values: list) -> tuple:
     raise RuntimeError(f"Gradients need the TensorFlow, JAX or PyTorch backend of Keras. Received: {backend!r}")
 
 
-def compiled_value_and_gradients(function: Callable) -> Callable:
-    """`value_and_gradients` of a function of a list of tensors and a batch, compiled for calls with many such lists.
+def compiled_value_and_gradients(function: Callable) -> Callable[[list, Any], tuple]:
+    """`value_and_gradients` as a compiled function of the list of tensors and a batch.
 
-    Returns:
-        A function of the list and the batch.
+    Args:
+        function: Scalar function of a list of tensors and a batch.
     """
 
     def both(values, batch):
@@ -108,6 +112,6 @@ def compiled_value_and_gradients(function: Callable) -> Callable:
 
 
 def norm(tensors: list) -> float:
-    """The Euclidean norm of all elements of some tensors, of which None count as zero."""
+    """The Euclidean norm of all elements of a list of tensors, in which None counts as zero."""
     squares = (float(ops.sum(ops.square(ops.cast(x, "float32")))) for x in tensors if x is not None)
     return sum(squares) ** 0.5

@@ -1,39 +1,43 @@
-"""The loss along the gradient: how far can a step go, and how well does the gradient predict what it finds there?"""
+"""The loss along the gradient: the largest stable step, and how much the gradient changes along it."""
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import argument_error
 from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.compat import layers_inside
 from keras_proxynorm.diagnostics.batches import Batch
 from keras_proxynorm.diagnostics.batches import batches
+from keras_proxynorm.diagnostics.gradients import LossLike
 from keras_proxynorm.diagnostics.gradients import batch_loss
 from keras_proxynorm.diagnostics.gradients import compiled_value_and_gradients
 from keras_proxynorm.diagnostics.gradients import norm
 from keras_proxynorm.diagnostics.plots import plot_landscape
-from keras_proxynorm.observation.layers import left_unchanged
+from keras_proxynorm.observation.calls import left_unchanged
 
 __all__ = ["LossLandscape", "loss_landscape"]
 
-# How often the interval in which the loss begins to diverge is halved.
+# The number of times that the interval in which the loss begins to diverge is halved.
 _BISECTIONS = 6
 
 
 @dataclass(frozen=True, eq=False)
 class LossLandscape:
-    """What `loss_landscape` measured; as a string, a summary.
+    """The result of `loss_landscape`; as a string, a summary.
 
     Attributes:
         loss: Float, the loss before the step.
-        gradient_norm: Float, the Euclidean norm of the gradient there.
+        gradient_norm: Float, the Euclidean norm of the gradient before the step.
         step_sizes: Array, the step sizes.
         losses: Array, the loss after a step of each size.
-        gradient_changes: Array, the Euclidean distance of the gradient there from the gradient before the step.
-        largest_stable_step: Float, the largest step size up to which the loss does not diverge; 0 if the smallest of
-            `step_sizes` is too large already.
+        gradient_changes: Array, the Euclidean distance between the gradients after and before the step.
+        largest_stable_step: Float, the largest step size up to which the loss does not diverge; 0 if it diverges at the
+            smallest of `step_sizes`.
 
     Example:
 
@@ -78,12 +82,12 @@ class LossLandscape:
     def effective_smoothness(self) -> float:
         """The largest of `smoothness`: the effective beta-smoothness (Santurkar et al.); small is good.
 
-        Compare networks with the same step sizes: across the kinks of relu, it grows as these become smaller.
+        Compare networks with the same step sizes: across the kinks of relu, it grows as the steps become smaller.
         """
         return _range(self.smoothness)[1]
 
     def to_dict(self) -> dict[str, float]:
-        """The numbers that sum it up."""
+        """The summary as numbers by name."""
         low, high = self.loss_range
         least, most = self.gradient_predictiveness
         return {
@@ -100,7 +104,7 @@ class LossLandscape:
     def __str__(self):
         return "\n".join(f"{name.replace('_', ' '):<22}{value:>12.4g}" for name, value in self.to_dict().items())
 
-    def plot(self, axes=None):
+    def plot(self, axes: Any = None) -> np.ndarray:
         """The relative loss and the change of the gradient against the step size.
 
         Args:
@@ -119,35 +123,36 @@ def loss_landscape(
     model: keras.Model,
     batch: Batch,
     *,
-    loss=None,
+    loss: LossLike = None,
     step_sizes: Sequence[float] | None = None,
     divergence: float = 1.0,
     training: bool = True,
 ) -> LossLandscape:
     """Measures the loss of a batch, and its gradient, along the gradient.
 
-    From the weights ``w`` with the gradient ``g``, it goes to ``w - s g`` for each step size ``s``, always on the same
-    batch. The weights and the moving averages of the model stay as they are. Only trainable weights move.
+    From the weights ``w`` with the gradient ``g``, it evaluates ``w - s g`` for each step size ``s``, all on the same
+    batch. Only trainable weights move, and the model itself is not changed.
 
     Args:
         model: A built Keras model of any kind.
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)`` of arrays or tensors.
         loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with,
             regularization included.
-        step_sizes: Positive numbers in increasing order. Defaults to 16 from 1e-4 to 10, equally far apart on a
-            logarithmic scale; this is a choice of this package, as the papers have other ones for other networks.
-            Santurkar et al. take 1/2 to 4 times the learning rate.
-        divergence: Number from 1 on: the loss diverges where it is not finite, or larger than so many times the loss
-            before the step (for a negative loss: larger by so many times its absolute value, less one). Defaults to 1.
+        step_sizes: Positive numbers in increasing order. Defaults to 16 numbers from 1e-4 to 10, evenly spaced on a
+            logarithmic scale: a choice of this package, as the papers use others for other networks. Santurkar et al.
+            use 1/2 to 4 times the learning rate.
+        divergence: Number from 1 on: the loss diverges where it is not finite, or larger than `divergence` times the
+            loss before the step (for a negative loss: larger by ``divergence - 1`` times its absolute value). Defaults
+            to 1.
         training: Whether the model is called as in training. Defaults to True, as in the papers.
 
     Returns:
-        A `LossLandscape`. It costs a compilation, and the forward and backward passes of ``len(step_sizes) + 1``
-        training steps and of up to 6 more, which narrow down where the loss begins to diverge.
+        A `LossLandscape`. It costs a compilation and ``len(step_sizes) + 1`` forward and backward passes, and up to 6
+        more to locate where the loss begins to diverge.
 
     Raises:
-        ValueError: If the model is not built, has no trainable weights or no loss, or if an argument is not of the form
-            above. A loss that is not finite is no error, and gives NaN.
+        ValueError: If the model is not built, has no trainable weights or no loss, or if an argument is not as
+            described above. A loss that is not finite is no error and gives NaN.
 
     Example:
 
@@ -170,19 +175,17 @@ def loss_landscape(
     check_built_model(model)
     variables = model.trainable_variables
     if not variables:
-        raise ValueError(
-            f"Argument `model` must have trainable weights. Received: the model '{model.name}' without any"
-        )
+        raise argument_error("model", model, "a model that has trainable weights")
     sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else _as_step_sizes(step_sizes)
-    if isinstance(divergence, bool) or not isinstance(divergence, numbers.Real) or not divergence >= 1:
-        raise ValueError(f"Argument `divergence` must be a number from 1 on. Received: divergence={divergence!r}")
+    if isinstance(divergence, bool) or not isinstance(divergence, Real) or not float(divergence) >= 1:
+        raise argument_error("divergence", divergence, "a number from 1 on")
     compute_loss = batch_loss(model, loss, training)
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         raise ValueError(
             "Argument `batch` must be a tuple (inputs, targets) or (inputs, targets, sample_weights). "
             f"Received: batch of the type {type(batch).__name__}"
         )
-    # All of it at once, whatever its size.
+    # All of it at once, regardless of its size.
     (whole,) = batches(iter([batch]))
 
     def loss_at(values, batch):
@@ -205,7 +208,7 @@ def loss_landscape(
         losses.append(_number(value))
         changes.append(norm([_difference(a, b) for a, b in pairs]))
 
-    # What the smallest steps change may be less than the rounding of the loss.
+    # The smallest steps may change the loss by less than its rounding.
     limit = before + (divergence - 1 + 4 * _rounding(model)) * abs(before)
 
     def is_stable(value):
@@ -222,9 +225,7 @@ def _as_step_sizes(step_sizes):
     except (TypeError, ValueError):
         sizes = np.array([])
     if sizes.ndim != 1 or not sizes.size or not np.isfinite(sizes).all() or not (np.diff(sizes, prepend=0) > 0).all():
-        raise ValueError(
-            f"Argument `step_sizes` must be positive numbers in increasing order. Received: step_sizes={step_sizes!r}"
-        )
+        raise argument_error("step_sizes", step_sizes, "positive numbers in increasing order")
     return sizes
 
 
@@ -233,9 +234,9 @@ def _number(scalar):
 
 
 def _rounding(model):
-    """The unit of rounding of the least precise of the layers."""
+    """The unit of rounding of the least precise layer."""
     units = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}
-    return max(units.get(layer.compute_dtype, 2.0**-23) for layer in model._flatten_layers())
+    return max(units.get(layer.compute_dtype, 2.0**-23) for layer in layers_inside(model))
 
 
 def _difference(a, b):
@@ -245,7 +246,7 @@ def _difference(a, b):
 
 
 def _last_stable(sizes, stable, is_stable):
-    """The size up to which all are stable, between the last of these and the first that is not, by bisection."""
+    """The size up to which all are stable, by bisection between the last stable and the first unstable size."""
     if all(stable):
         return float(sizes[-1])
     first = stable.index(False)
@@ -259,7 +260,7 @@ def _last_stable(sizes, stable, is_stable):
 
 
 def _range(values):
-    """The smallest and the largest, NaN being larger than all; NaN if there is nothing else."""
+    """The smallest and the largest value, where NaN counts as infinite; NaN if all are."""
     if np.isnan(values).all():
         return np.nan, np.nan
     values = np.where(np.isnan(values), np.inf, values)

@@ -1,18 +1,20 @@
-"""Plots of what the diagnostics measured; matplotlib is imported when the first one is drawn."""
+"""Plots of the results of diagnostics; matplotlib is imported when the first one is drawn."""
+
+from typing import Any
 
 import numpy as np
 
 __all__ = ["new_axes", "plot_landscape", "plot_powers", "plot_signal"]
 
-# From dark to light, so that they are told apart in grey, and by the colour-blind.
+# From dark to light, to be distinguishable in grey and by the colour-blind.
 _POWER_COLOURS = ("#3b0f4f", "#2a788e", "#7fc7a0", "#fff2a8")
 _POWER_LABELS = (
     "P1: channel means",
     "P2: means, between samples",
-    "P3: deviations, in a sample",
-    "P4: deviations, between samples",
+    "P3: standard deviations",
+    "P4: standard deviations, between samples",
 )
-# Colours of Okabe and Ito, and markers and dashes for those who see none.
+# Colours of Okabe and Ito, and markers and dashes for those who cannot distinguish colours.
 _LINE_STYLES = (
     {"color": "#0072b2", "marker": "o"},
     {"color": "#e69f00", "marker": "s", "linestyle": "--"},
@@ -23,7 +25,7 @@ _LINE_STYLES = (
 _PANEL = (4.6, 3.0)
 
 
-def new_axes(columns: int = 1, panel: tuple[float, float] = _PANEL):
+def new_axes(columns: int = 1, panel: tuple[float, float] = _PANEL) -> np.ndarray:
     """An array of axes of a new figure, side by side."""
     try:
         import matplotlib.pyplot as plt
@@ -34,9 +36,9 @@ def new_axes(columns: int = 1, panel: tuple[float, float] = _PANEL):
     return axes[0]
 
 
-def plot_powers(result, ax=None, title=None, legend=True):
+def plot_powers(result: Any, ax: Any = None, title: str | None = None, legend: bool = True) -> Any:
     """A stacked bar for each layer, of the four fractions of its power."""
-    # The legend takes the right of it.
+    # The legend is to the right.
     ax = ax or new_axes(panel=(7.4, 3.0))[0]
     depth = np.arange(1, len(result) + 1)
     bottom = np.zeros(len(result))
@@ -48,7 +50,7 @@ def plot_powers(result, ax=None, title=None, legend=True):
     if title:
         ax.set_title(title)
     if legend:
-        # In the order in which they are stacked.
+        # In stacking order.
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return ax
@@ -56,14 +58,14 @@ def plot_powers(result, ax=None, title=None, legend=True):
 
 _SIGNALS = {
     "mean": ("activation mean", "linear"),
-    "std": ("activation std", "log"),
+    "std": ("standard deviation", "log"),
     "cosine": ("cosine between samples", "linear"),
     "stable_rank": ("stable rank", "linear"),
     "gradient_norm": ("gradient norm", "log"),
 }
 
 
-def plot_signal(result, axes=None, label=None):
+def plot_signal(result: Any, axes: Any = None, label: str | None = None) -> np.ndarray:
     """A panel for each quantity, against depth."""
     columns = result.columns()
     if np.isnan(columns["gradient_norm"]).all():
@@ -74,7 +76,7 @@ def plot_signal(result, axes=None, label=None):
     depth = np.arange(1, len(result) + 1)
     for ax, (name, values) in zip(axes, columns.items(), strict=False):
         title, scale = _SIGNALS[name]
-        # One result beside another: the style follows from how many are there.
+        # Each further result in the same axes has another style.
         style = _LINE_STYLES[len(ax.lines) % len(_LINE_STYLES)]
         ax.plot(depth, values, markersize=3, linewidth=1.2, label=label, **style)
         ax.set(xlabel="layer", title=title)
@@ -88,7 +90,7 @@ def plot_signal(result, axes=None, label=None):
     return axes
 
 
-def plot_landscape(result, axes=None):
+def plot_landscape(result: Any, axes: Any = None) -> np.ndarray:
     """The relative loss and the change of the gradient, against the step size."""
     axes = new_axes(2) if axes is None else np.ravel(axes)
     if len(axes) < 2:

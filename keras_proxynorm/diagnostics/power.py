@@ -1,6 +1,7 @@
-"""The four power terms of the normalized pre-activation of each layer: is it collapsing, and in which way?"""
+"""The four power terms of the normalized pre-activation of each layer, which show collapse."""
 
 from dataclasses import dataclass
+from typing import Any
 from typing import ClassVar
 
 import keras
@@ -11,24 +12,24 @@ from keras_proxynorm.diagnostics.batches import batches
 from keras_proxynorm.diagnostics.plots import plot_powers
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.observation.calls import check_all_seen
+from keras_proxynorm.observation.calls import is_visible
+from keras_proxynorm.observation.calls import left_unchanged
 from keras_proxynorm.observation.calls import normalized_input
 from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.channels import channel_axis
+from keras_proxynorm.observation.channels import channel_moments
 from keras_proxynorm.observation.layers import LayerChoice
-from keras_proxynorm.observation.layers import channel_axis
-from keras_proxynorm.observation.layers import channel_statistics
-from keras_proxynorm.observation.layers import check_all_seen
 from keras_proxynorm.observation.layers import choose
 from keras_proxynorm.observation.layers import distinct
 from keras_proxynorm.observation.layers import is_normalization
-from keras_proxynorm.observation.layers import is_visible
-from keras_proxynorm.observation.layers import left_unchanged
 
 __all__ = ["PowerDecomposition", "channel_powers", "decomposition", "power_decomposition"]
 
 
 @dataclass(frozen=True, eq=False)
 class PowerDecomposition(LayerTable):
-    """What `power_decomposition` measured; as a string, a table of the fractions.
+    """The result of `power_decomposition`; as a string, a table of the fractions.
 
     Attributes:
         names: Tuple of the names of the layers, in the order in which they are called.
@@ -54,14 +55,14 @@ class PowerDecomposition(LayerTable):
         total = self.powers.sum(axis=1, keepdims=True)
         return np.divide(self.powers, total, out=np.zeros_like(self.powers), where=total != 0)
 
-    def columns(self):
+    def columns(self) -> dict[str, np.ndarray]:
         return {**{f"P{i + 1}": self.fractions[:, i] for i in range(4)}, "power": self.powers.sum(axis=1)}
 
-    def plot(self, ax=None, title: str | None = None, legend: bool = True):
-        """The fractions, stacked, against depth, as in Figure 2 of the paper.
+    def plot(self, ax: Any = None, title: str | None = None, legend: bool = True) -> Any:
+        """Plots the fractions, stacked, against depth, as in Figure 2 of the paper.
 
         Args:
-            ax: `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
+            ax: `matplotlib.axes.Axes` to draw into. Defaults to a new figure.
             title: Optional title.
             legend: Whether to explain the colours. Defaults to True.
 
@@ -76,7 +77,7 @@ class PowerDecomposition(LayerTable):
 
 def power_decomposition(
     model: keras.Model,
-    data,
+    data: Any,
     layers: LayerChoice = None,
     *,
     training: bool = False,
@@ -91,32 +92,32 @@ def power_decomposition(
 
         P1 = E_c[(E_x m)^2]  the channels' means: near 1, the channels are nearly constant (channel-wise collapse)
         P2 = E_c[Var_x m]    how much these differ between samples
-        P3 = E_c[(E_x s)^2]  what varies within a sample
-        P4 = E_c[Var_x s]    how much that differs between samples; with P2 near 0, samples look alike
+        P3 = E_c[(E_x s)^2]  variation within a sample
+        P4 = E_c[Var_x s]    how much that differs between samples; with P2 near 0 too, samples look alike
 
-    and P1 + P2 + P3 + P4 is the mean square. They are taken of ``y``, which is normalized, before the layer's scale,
-    offset, activation and proxy normalization. The model is run as it is and is not changed.
+    and P1 + P2 + P3 + P4 is the mean square. They are those of the normalized ``y``, before gamma, beta, activation and
+    proxy normalization. The model runs as it is and is not changed.
 
     Args:
         model: A built Keras model of any kind.
         data: Inputs, as for `fit`: an array, a structure of arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or
-            an iterable of batches, such as a list of tuples; targets are ignored. It is gone through once.
-        layers: The layers: names, paths, classes, instances, a list of these, or a function of a layer. Of those that
-            are no normalizations, the output is taken. Defaults to all batch, group, layer and RMS normalizations of
-            Keras and the layers of this package, inside of other layers too. A layer that is called several times for
-            a batch counts each call as samples.
-        training: If True, batch normalizations use the statistics of the batch (their moving averages stay as they
-            are), and dropout drops. Defaults to False.
+            an iterable of batches, such as a list of tuples; targets are ignored. It is iterated once.
+        layers: Names, paths, classes, instances, a list of these, or a function of a layer. For layers that are not
+            normalizations, the output is decomposed. Defaults to all batch, group, layer and RMS normalizations of
+            Keras and the layers of this package, at any depth. Each call of a layer that is called several times for a
+            batch counts as further samples.
+        training: If True, batch normalizations use the statistics of the batch (their moving averages do not change),
+            and dropout is active. Defaults to False.
         batch_size: Positive integer, for arrays. Defaults to 32.
-        steps: Positive integer, the number of batches to look at. Defaults to all.
+        steps: Positive integer, the maximum number of batches. Defaults to all.
         verbose: 1 for a progress bar, 0 for none. Defaults to 1.
 
     Returns:
         A `PowerDecomposition`: ``.names``, ``.powers``, ``.fractions``, ``.to_dict()``, ``.to_frame()``, ``.plot()``.
-        The memory that it takes does not depend on the size of the data.
+        Its memory does not depend on the size of the data.
 
     Raises:
-        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+        ValueError: If the model is not built, has no such layers, or if an argument is not as described above.
 
     Example:
 
@@ -134,18 +135,27 @@ def power_decomposition(
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), section 4
     """
-    return decomposition(channel_powers(model, data, layers, training, batch_size, steps, verbose))
+    return decomposition(
+        channel_powers(model, data, layers, training=training, batch_size=batch_size, steps=steps, verbose=verbose)
+    )
 
 
 def decomposition(measured: dict[str, tuple[keras.layers.Layer, ChannelPowers]]) -> PowerDecomposition:
-    """What `channel_powers` measured, as a result."""
+    """The power terms of what `channel_powers` measured."""
     return PowerDecomposition(tuple(measured), np.stack([powers.terms for _, powers in measured.values()]))
 
 
 def channel_powers(
-    model, data, layers, training, batch_size, steps, verbose
+    model: keras.Model,
+    data: Any,
+    layers: LayerChoice,
+    *,
+    training: bool,
+    batch_size: int,
+    steps: int | None,
+    verbose: int,
 ) -> dict[str, tuple[keras.layers.Layer, ChannelPowers]]:
-    """The layers and the statistics behind `power_decomposition`, by name."""
+    """The layers and their statistics, by name, for the arguments of `power_decomposition`."""
     check_built_model(model)
     chosen = choose(model, layers, is_normalization, "normalization layer")
     measured: dict[tuple[str, int], ChannelPowers] = {}
@@ -154,14 +164,13 @@ def channel_powers(
         outputs = call(*args, **kwargs)
         value = normalized_input(layer, call, args, kwargs) if is_normalization(layer) else outputs
         if is_visible(value):
-            statistics = channel_statistics(value, channel_axis(layer, len(value.shape)))
-            measured.setdefault((name, statistics.shape[-1]), ChannelPowers()).update(statistics)
+            means, stddevs = channel_moments(value, channel_axis(layer, len(value.shape)), by_sample=True)
+            measured.setdefault((name, means.shape[-1]), ChannelPowers()).update(means, stddevs)
         return outputs
 
-    with observed(chosen, observe):
-        for inputs, _, _ in batches(data, batch_size, steps, verbose):
-            with left_unchanged(model.trainable_variables):
-                model(inputs, training=training)
+    for inputs, _, _ in batches(data, batch_size, steps, verbose):
+        with observed(chosen, observe), left_unchanged(model.trainable_variables):
+            model(inputs, training=training)
     check_all_seen(chosen, {name for name, _ in measured})
-    layers = [chosen[name] for name, _ in measured]
-    return dict(zip(distinct(measured), zip(layers, measured.values(), strict=True), strict=True))
+    observed_layers = [chosen[name] for name, _ in measured]
+    return dict(zip(distinct(measured), zip(observed_layers, measured.values(), strict=True), strict=True))

@@ -1,6 +1,7 @@
 """How activations and gradients propagate through a network: moments, similarity of samples, rank, gradient norms."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras import ops
 
 from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches
+from keras_proxynorm.diagnostics.gradients import LossLike
 from keras_proxynorm.diagnostics.gradients import batch_loss
 from keras_proxynorm.diagnostics.gradients import norm
 from keras_proxynorm.diagnostics.gradients import value_and_gradients
@@ -15,32 +17,32 @@ from keras_proxynorm.diagnostics.plots import plot_signal
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.streaming import StreamingMoments
 from keras_proxynorm.diagnostics.tables import LayerTable
+from keras_proxynorm.observation.calls import check_all_seen
+from keras_proxynorm.observation.calls import is_visible
+from keras_proxynorm.observation.calls import left_unchanged
 from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.channels import channel_axis
+from keras_proxynorm.observation.channels import channel_moments
 from keras_proxynorm.observation.layers import LayerChoice
-from keras_proxynorm.observation.layers import channel_axis
-from keras_proxynorm.observation.layers import channel_statistics
-from keras_proxynorm.observation.layers import check_all_seen
 from keras_proxynorm.observation.layers import choose
 from keras_proxynorm.observation.layers import distinct
 from keras_proxynorm.observation.layers import has_activation
-from keras_proxynorm.observation.layers import is_visible
-from keras_proxynorm.observation.layers import left_unchanged
 
 __all__ = ["SignalPropagation", "signal_propagation"]
 
 
 @dataclass(frozen=True, eq=False)
 class SignalPropagation(LayerTable):
-    """What `signal_propagation` measured; as a string, a table.
+    """The result of `signal_propagation`; as a string, a table.
 
     Attributes:
         names: Tuple of the names of the layers, in the order in which they are called.
         mean: Array with the mean of the output of each layer, over samples, positions and channels.
         std: Array with the square root of the variance over samples and positions, averaged over the channels.
         cosine: Array with the average cosine between the outputs for two different samples of a batch.
-        stable_rank: Array with ``N / lambda_max`` of the N x N matrix of all cosines in a batch: from 1, all samples in
-            one direction, to the batch size, all orthogonal.
-        gradient_norm: Array with the Euclidean norm of the gradient of the batch's loss by the output, NaN without a
+        stable_rank: Array with ``N / lambda_max`` of the N x N matrix of all cosines in a batch: from 1, if all samples
+            have one direction, to the batch size, if all are orthogonal.
+        gradient_norm: Array with the Euclidean norm of the gradient of the loss of a batch by the output; NaN without a
             loss.
 
     Example:
@@ -60,16 +62,16 @@ class SignalPropagation(LayerTable):
     stable_rank: np.ndarray
     gradient_norm: np.ndarray
 
-    def columns(self):
+    def columns(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, name) for name in ("mean", "std", "cosine", "stable_rank", "gradient_norm")}
 
-    def plot(self, axes=None, label: str | None = None):
-        """A panel for each quantity, against depth.
+    def plot(self, axes: Any = None, label: str | None = None) -> np.ndarray:
+        """Plots each quantity against depth, in a panel of its own.
 
         Args:
-            axes: Sequence of as many `matplotlib.axes.Axes`, such as those of another result, to compare with it.
-                Defaults to those of a new figure.
-            label: Optional name in the legend of the first panel.
+            axes: Sequence of as many `matplotlib.axes.Axes`, such as those of another result to compare with. Defaults
+                to a new figure.
+            label: Optional name for the legend of the first panel.
 
         Returns:
             An array of `matplotlib.axes.Axes`.
@@ -82,40 +84,40 @@ class SignalPropagation(LayerTable):
 
 def signal_propagation(
     model: keras.Model,
-    data,
+    data: Any,
     layers: LayerChoice = None,
     *,
-    loss=None,
+    loss: LossLike = None,
     training: bool = True,
     batch_size: int = 32,
     steps: int | None = None,
     verbose: int = 1,
 ) -> SignalPropagation:
-    """Measures what the papers on normalization plot against depth: activations, similarity of samples, gradients.
+    """Measures activations, similarity of samples and gradients of each layer, to be plotted against depth.
 
-    Each quantity is taken of the output of a layer: mean and standard deviation over all data, the others for each
-    batch, and averaged over the batches by their numbers of samples. Gradients need targets and a loss. The model is
-    run as it is, once for the activations and once more for the gradients, and is not changed.
+    Each quantity is that of the output of a layer: mean and standard deviation over all data, the others for each batch
+    and averaged over the batches, weighted by their numbers of samples. Gradients need targets and a loss. The model
+    runs as it is, once for the activations and once more for the gradients, and is not changed.
 
     Args:
         model: A built Keras model of any kind.
-        data: A tuple ``(inputs, targets)``, or inputs alone to do without gradients, or a dataset of such batches, as
+        data: A tuple ``(inputs, targets)``, or only inputs to leave out gradients, or a dataset of such batches, as
             for `fit`.
-        layers: The layers, as in `power_decomposition`. Defaults to all whose output is an activation: activation
-            layers, and layers with an activation of their own that is not linear, those of this package among them.
-            "Beyond BatchNorm" takes the gradients by the outputs of convolutions: ``layers=keras.layers.Conv2D``.
+        layers: As in `power_decomposition`. Defaults to all layers whose output is an activation: activation layers and
+            layers that end with a nonlinear activation, including those of this package. "Beyond BatchNorm" takes the
+            gradients by the outputs of convolutions: ``layers=keras.layers.Conv2D``.
         loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with.
-        training: Whether the model is called as in training, with the statistics of the batch for batch
-            normalizations (their moving averages stay as they are). Defaults to True.
+        training: Whether the model is called as in training: batch normalizations use the statistics of the batch, and
+            their moving averages do not change. Defaults to True.
         batch_size: Positive integer, for arrays. Defaults to 32.
-        steps: Positive integer, the number of batches to look at. Defaults to all.
+        steps: Positive integer, the maximum number of batches. Defaults to all.
         verbose: 1 for a progress bar, 0 for none. Defaults to 1.
 
     Returns:
         A `SignalPropagation`.
 
     Raises:
-        ValueError: If the model is not built, has no such layers, or if an argument is not of the form above.
+        ValueError: If the model is not built, has no such layers, or if an argument is not as described above.
 
     Example:
 
@@ -137,7 +139,7 @@ def signal_propagation(
     """
     check_built_model(model)
     chosen = choose(model, layers, has_activation, "layer whose output is an activation")
-    # Targets without a loss, and a loss without targets, are no error unless a loss was asked for.
+    # Gradients are left out if there is no loss, or no targets for the compiled loss.
     has_loss = loss is not None or (getattr(model, "compiled", False) and getattr(model, "loss", None) is not None)
     compute_loss = batch_loss(model, loss, training) if has_loss else None
     signals: dict[tuple[str, int], _Signal] = {}
@@ -155,16 +157,16 @@ def signal_propagation(
 
 
 class _Signal:
-    """The quantities of one layer, over the batches."""
+    """Accumulates the quantities of one layer over batches."""
 
     def __init__(self):
         self.channels = ChannelPowers()
         self.cosines, self.ranks, self.gradient_norms = StreamingMoments(), StreamingMoments(), StreamingMoments()
 
-    def update(self, outputs, statistics):
-        self.channels.update(statistics)
+    def update(self, outputs, means, stddevs):
+        self.channels.update(means, stddevs)
         cosine, rank = similarity(ops.convert_to_numpy(ops.cast(outputs, "float32")))
-        # By samples, because the last batch may be short.
+        # Weighted by samples, because the last batch may be smaller.
         if len(outputs) > 1:
             self.cosines.update(np.full(len(outputs), cosine))
         self.ranks.update(np.full(len(outputs), rank))
@@ -175,7 +177,7 @@ class _Signal:
 
 
 def similarity(outputs: np.ndarray) -> tuple[float, float]:
-    """The average cosine between two samples, NaN for one sample, and the stable rank of all cosines."""
+    """The average cosine between two samples, NaN for one sample, and the stable rank of the matrix of all cosines."""
     if not np.isfinite(outputs).all():
         return np.nan, np.nan
     samples = outputs.reshape(len(outputs), -1).astype("float64")
@@ -189,16 +191,16 @@ def similarity(outputs: np.ndarray) -> tuple[float, float]:
 
 
 def _outputs(model, chosen, inputs, training, signals):
-    """Runs the model and takes in what it computes; returns the keys in `signals` and the outputs of all calls."""
+    """Runs the model and updates `signals`; returns the keys and the outputs of all calls."""
     calls: list[tuple[str, int]] = []
     outputs = []
 
     def observe(name, layer, call, args, kwargs):
         output = call(*args, **kwargs)
         if is_visible(output):
-            statistics = channel_statistics(output, channel_axis(layer, len(output.shape)))
-            key = name, statistics.shape[-1]
-            signals.setdefault(key, _Signal()).update(output, statistics)
+            means, stddevs = channel_moments(output, channel_axis(layer, len(output.shape)), by_sample=True)
+            key = name, means.shape[-1]
+            signals.setdefault(key, _Signal()).update(output, means, stddevs)
             calls.append(key)
             outputs.append(output)
         return output
@@ -211,7 +213,7 @@ def _outputs(model, chosen, inputs, training, signals):
 def _gradient_norms(model, compute_loss, batch, chosen, calls, outputs):
     """The norm of the gradient of the loss by the outputs of all calls that share a key."""
     visible = {name: chosen[name] for name, _ in calls}
-    # Lest small gradients vanish in float16.
+    # Small gradients would underflow in float16.
     loss_scale = 2.0**10 if "float16" in {keras.backend.standardize_dtype(x.dtype) for x in outputs} else 1.0
 
     def perturbed_loss(perturbations):

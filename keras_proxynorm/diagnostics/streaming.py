@@ -1,4 +1,4 @@
-"""Means and variances over samples that come in batches, in memory that does not grow."""
+"""Means and variances over samples that arrive in batches, in constant memory."""
 
 import numpy as np
 
@@ -13,13 +13,13 @@ class StreamingMoments:
     - Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
-        self.mean = np.float64(0)
-        self._squares = np.float64(0)
+        self.mean = np.zeros(())
+        self._squares = np.zeros(())
 
     def update(self, values: np.ndarray) -> None:
-        """Takes in a batch, an array of shape ``(samples, ...)``."""
+        """Adds a batch, an array of shape ``(samples, ...)``."""
         count = self.count + len(values)
         mean = values.mean(axis=0)
         distance = mean - self.mean
@@ -29,7 +29,7 @@ class StreamingMoments:
         self.count = count
 
     @property
-    def variance(self):
+    def variance(self) -> np.ndarray:
         """The variance, divided by the number of samples."""
         return self._squares / self.count
 
@@ -37,18 +37,17 @@ class StreamingMoments:
 class ChannelPowers:
     """The moments over samples of the mean and the standard deviation that each channel has in a sample."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._means, self._stddevs = StreamingMoments(), StreamingMoments()
 
-    def update(self, statistics: np.ndarray) -> None:
-        """Takes in what `channel_statistics` returns."""
-        means, stddevs = statistics
+    def update(self, means: np.ndarray, stddevs: np.ndarray) -> None:
+        """Adds a batch: arrays of shape ``(samples, channels)``."""
         self._means.update(means)
         self._stddevs.update(stddevs)
 
     @property
     def samples(self) -> int:
-        """How many samples there were."""
+        """The number of samples."""
         return self._means.count
 
     @property

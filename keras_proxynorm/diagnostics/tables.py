@@ -1,6 +1,7 @@
-"""What the results of diagnostics share: a row for each layer, to print, to convert and to plot."""
+"""A table with a row for each layer, which the results of diagnostics are."""
 
 import abc
+from typing import Any
 from typing import ClassVar
 
 import numpy as np
@@ -9,15 +10,15 @@ __all__ = ["LayerTable"]
 
 
 class LayerTable(abc.ABC):
-    """Some numbers for each of the layers in `names`."""
+    """Columns of numbers, with a row for each layer in `names`."""
 
     names: tuple[str, ...]
-    # How `str` writes numbers.
+    # The format of numbers in `str`.
     number_format: ClassVar[str] = "{:.4g}"
 
     @abc.abstractmethod
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of the table: arrays with a number for each layer."""
+        """The columns: arrays with a number for each layer."""
 
     def __len__(self):
         return len(self.names)
@@ -32,11 +33,11 @@ class LayerTable(abc.ABC):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, list]:
-        """A list for each column: ``"layer"``, with the names, and those of `columns`."""
+        """Lists by column: ``"layer"``, the names, and those of `columns`."""
         return {"layer": list(self.names), **{title: values.tolist() for title, values in self.columns().items()}}
 
-    def to_frame(self):
-        """A `pandas.DataFrame` of the columns, with the names of the layers as its index.
+    def to_frame(self) -> Any:
+        """The columns as a `pandas.DataFrame`, with the names of the layers as index.
 
         Raises:
             ImportError: If pandas is not installed: ``pip install pandas``.

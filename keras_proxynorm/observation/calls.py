@@ -1,90 +1,149 @@
-"""Looks at calls of layers, and at what a normalization computes before its scale and offset."""
+"""Observes calls of layers while a model runs as it is, without a change to the model."""
 
 import contextlib
+import dataclasses
+import threading
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
+from keras_proxynorm.observation.channels import channel_axis
+from keras_proxynorm.observation.channels import channel_moments
 
-__all__ = ["channel_moments", "check_batch", "normalized_input", "observed", "visit_normalized_inputs"]
+__all__ = [
+    "check_all_seen",
+    "check_batch",
+    "is_visible",
+    "left_unchanged",
+    "normalized_input",
+    "observed",
+    "visit_normalized_inputs",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observer:
+    """A function that observes calls of some layers."""
+
+    names: dict[int, str]
+    observe: Callable
+
+    def around(self, layer, call):
+        """`call` as this observer sees it."""
+        if id(layer) not in self.names:
+            return call
+        return lambda *args, **kwargs: self.observe(self.names[id(layer)], layer, call, args, kwargs)
+
+
+# Each thread has its own, so that it does not observe what another one runs.
+_observers: ContextVar[tuple[_Observer, ...]] = ContextVar("observers", default=())
+_hooks_lock = threading.Lock()
+
+
+class _Hook:
+    """Replaces `layer.call` while anybody observes the layer, and tells the observers of the thread that calls."""
+
+    def __init__(self, layer):
+        self.layer, self.call, self.is_own = layer, layer.call, "call" in vars(layer)
+        self.users = 0
+
+    def __call__(self, *args, **kwargs):
+        call = self.call
+        for observer in _observers.get():
+            call = observer.around(self.layer, call)
+        return call(*args, **kwargs)
+
+
+def _install(layer):
+    with _hooks_lock:
+        hook = vars(layer).get("call")
+        if not isinstance(hook, _Hook):
+            hook = _Hook(layer)
+            # Past Keras and PyTorch, which track attributes.
+            object.__setattr__(layer, "call", hook)
+        hook.users += 1
+        return hook
+
+
+def _remove(hook):
+    with _hooks_lock:
+        hook.users -= 1
+        if not hook.users and hook.is_own:
+            object.__setattr__(hook.layer, "call", hook.call)
+        elif not hook.users:
+            object.__delattr__(hook.layer, "call")
 
 
 @contextlib.contextmanager
-def observed(layers: dict[str, keras.layers.Layer], observe: Callable) -> Iterator[None]:
-    """Has a function called in place of each call of some layers.
+def observed(layers: Mapping[str, keras.layers.Layer], observe: Callable) -> Iterator[None]:
+    """Calls a function in place of `layer.call` while the context is active, in this thread only.
+
+    Any number of threads may observe and run a model at once.
 
     Args:
-        layers: Names and layers.
-        observe: Function of a name, the layer, its own `call`, and the arguments and keyword arguments of the call;
+        layers: Layers by name.
+        observe: Function of the name, the layer, its own `call`, and the positional and keyword arguments of the call;
             returns what the call returns.
     """
-
-    def replace(name, layer):
-        call = layer.call
-
-        def observed_call(*args, **kwargs):
-            return observe(name, layer, call, args, kwargs)
-
-        # Past Keras and PyTorch, which keep account of attributes.
-        object.__setattr__(layer, "call", observed_call)
-
-    own = {name: vars(layer).get("call") for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            replace(name, layer)
+    observer = _Observer({id(layer): name for name, layer in layers.items()}, observe)
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(_remove, _install(layer))
+        stack.callback(_observers.reset, _observers.set((*_observers.get(), observer)))
         yield
-    finally:
-        for name, layer in layers.items():
-            if own[name] is not None:
-                object.__setattr__(layer, "call", own[name])
-            elif "call" in vars(layer):
-                object.__delattr__(layer, "call")
 
 
-def normalized_input(layer: keras.layers.Layer, call: Callable, args: tuple, kwargs: dict):
-    """What a normalization layer computes in one call, before its scale and offset and what follows them."""
+@contextlib.contextmanager
+def left_unchanged(variables: Iterable, values: Iterable | None = None) -> Iterator[None]:
+    """Undoes all assignments to variables and random states in the block.
+
+    Args:
+        variables: Variables that have other values in the block, or whose regularization is computed there.
+        values: Their values in the block. Defaults to those that they have.
+    """
+    values = [variable.value for variable in variables] if values is None else values
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "torch":
+            import torch
+
+            # For dropout without a seed. The same for all blocks, as for layers with a seed.
+            stack.enter_context(torch.random.fork_rng())
+        # Without a value here, Keras finds none for the regularization of a variable.
+        stack.enter_context(keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))))
+        yield
+
+
+def normalized_input(layer: keras.layers.Layer, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The normalized input of a normalization layer in one call, before gamma and beta and all that follows them."""
     if isinstance(layer, ProxyNormalizationLayer):
         return layer.normalize_inputs(*args, **{key: kwargs[key] for key in ("inputs", "mask") if key in kwargs})
     neutral = {"gamma": ops.ones, "scale": ops.ones, "beta": ops.zeros}
     weights = [(getattr(layer, name, None), make) for name, make in neutral.items()]
     mapping = [(x, make(x.shape, x.dtype)) for x, make in weights if isinstance(x, keras.Variable)]
-    # The layer itself computes it, with another scale and offset, which are not left in it.
+    # The layer's own call computes it, with a neutral gamma and beta that are gone afterwards.
     with keras.StatelessScope(state_mapping=mapping):
         return call(*args, **kwargs)
 
 
-def channel_moments(x, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, over samples and positions.
-
-    Args:
-        x: Tensor of rank 2 or more.
-        axis: The channel axis.
-
-    Returns:
-        Two NumPy vectors.
-    """
-    axis %= len(x.shape)
-    x = ops.cast(x, "float64" if keras.backend.standardize_dtype(x.dtype) == "float64" else "float32")
-    axes = [i for i in range(len(x.shape)) if i != axis]
-    mean, stddev = ops.mean(x, axes), ops.std(x, axes)
-    return ops.convert_to_numpy(mean), ops.convert_to_numpy(stddev)
-
-
-def visit_normalized_inputs(model: keras.Model, layers: Iterable[keras.layers.Layer], data, visit: Callable) -> None:
-    """Runs a model, and has normalization layers changed one after the other, each before it computes its output.
+def visit_normalized_inputs(
+    model: keras.Model, layers: Iterable[keras.layers.Layer], data: Any, visit: Callable
+) -> None:
+    """Runs a model and visits normalization layers in the order of their first calls, each before it computes.
 
     Args:
         model: A model.
         layers: Normalization layers in it.
         data: A batch of inputs, as for a call of the model.
-        visit: Function of a layer and of mean and standard deviation of its normalized input, as `channel_moments`
-            returns them. It is called in the first call of each layer, so that it sees what the layers before it, as
-            they have been changed, make of the data.
+        visit: Function of a layer and of mean and standard deviation of each channel of its normalized input. If it
+            changes the layer, the layers that follow are visited with the inputs that result.
     """
     layers = {str(id(layer)): layer for layer in layers}
     waiting = set(layers)
@@ -92,32 +151,72 @@ def visit_normalized_inputs(model: keras.Model, layers: Iterable[keras.layers.La
     def observe(name, layer, call, args, kwargs):
         if name in waiting:
             waiting.remove(name)
-            visit(layer, *channel_moments(normalized_input(layer, call, args, kwargs), layer.axis))
+            value = normalized_input(layer, call, args, kwargs)
+            visit(layer, *channel_moments(value, channel_axis(layer, len(value.shape))))
         return call(*args, **kwargs)
 
     with observed(layers, observe):
         model(data, training=False)
 
 
-@contextlib.contextmanager
-def check_batch(name: str, model: keras.Model, data) -> Iterator[None]:
-    """Turns errors of a run of a model with an argument of a user's, which is to be a batch of inputs, into its error.
+def check_batch(name: str, model: keras.Model, data: Any) -> None:
+    """Runs a model on the value of an argument, which must be a batch of inputs.
 
     Args:
-        name: Of the argument.
+        name: Name of the argument.
         model: The model.
         data: The value of the argument.
 
     Raises:
-        ValueError: In place of any exception in the block, and if there are no samples.
+        ValueError: If there are no samples, or if the model does not run.
     """
     try:
-        if {len(x) for x in keras.tree.flatten(data)} <= {0}:
+        if {len(x) for x in keras.tree.flatten(data) if x is not None} <= {0}:
             raise ValueError("there are no samples in it")
-        yield
-    except Exception as error:  # whatever the layers of the model raise
-        described = keras.tree.map_structure(lambda x: f"shape {tuple(x.shape)}" if hasattr(x, "shape") else x, data)
+        model(data, training=False)
+    except Exception as error:  # whatever the layers of the user raise
+        received = keras.tree.map_structure(lambda x: f"shape {tuple(x.shape)}" if hasattr(x, "shape") else x, data)
         raise ValueError(
-            f"Argument `{name}` must be a batch of inputs of the model, as for a call of it. Received: {described}, "
+            f"Argument `{name}` must be a batch of inputs of the model, as for a call of it. Received: {received}, "
             f"with which the model '{model.name}' does not run: {error}"
         ) from error
+
+
+def is_visible(x: Any) -> bool:
+    """Whether a value is one tensor of rank 2 or more that holds numbers, and is not being traced."""
+    if not keras.ops.is_tensor(x) or len(x.shape) < 2:
+        return False
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return isinstance(x, tf.Tensor) and hasattr(x, "numpy")
+    if backend == "jax":
+        import jax
+
+        return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, keras.KerasTensor)
+
+
+def check_all_seen(chosen: Iterable[str], seen: Iterable[str]) -> None:
+    """Warns about layers without a value that could be observed.
+
+    Args:
+        chosen: The names of the layers that were to be observed.
+        seen: The names of those that were.
+
+    Raises:
+        ValueError: If no layer was observed.
+    """
+    hidden = [name for name in chosen if name not in seen]
+    if len(hidden) == len([*chosen]):
+        raise ValueError(
+            "Argument `layers` must have layers with one output each, that are called, and not in a loop or a compiled "
+            f"function. Received: {', '.join(hidden)}"
+        )
+    if hidden:
+        warnings.warn(
+            "Left out, because they were not called, have several outputs, or run in a loop or a compiled function: "
+            f"{', '.join(hidden)}",
+            stacklevel=4,
+        )

@@ -1,4 +1,4 @@
-"""How models with these layers are trained: which weights decay, where proxies are, sharpness-aware minimization."""
+"""Training of models with these layers: weight decay, calibration of proxies, sharpness-aware minimization."""
 
 from keras_proxynorm.training.proxies import CalibrateProxies
 from keras_proxynorm.training.proxies import calibrate_proxies

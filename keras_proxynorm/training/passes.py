@@ -1,19 +1,23 @@
-"""One step of sharpness-aware minimization, two passes over a batch, on each backend of Keras."""
+"""One step of sharpness-aware minimization: two passes over a batch, on each backend of Keras."""
 
 import contextlib
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_proxynorm.compat import track_loss
+from keras_proxynorm.compat import update_metrics
+
 __all__ = ["train_step"]
 
 
-def train_step(sam, *arguments):
-    """What `keras.Model.train_step` takes and returns, which depends on the backend.
+def train_step(sam: Any, *arguments: Any) -> Any:
+    """Does one step; takes and returns what `keras.Model.train_step` does on the backend in use.
 
     Args:
-        sam: The model, with the method `perturb(values, gradients, loss_scale)` and `update_moving_statistics`.
-        *arguments: Those of `keras.Model.train_step`.
+        sam: A model with the method `perturb(values, gradients, loss_scale)` and `update_moving_statistics`.
+        *arguments: The arguments of `keras.Model.train_step`.
     """
     return (_jax_step if keras.backend.backend() == "jax" else _stateful_step)(sam, *arguments)
 
@@ -31,12 +35,12 @@ def _stateful_step(sam, data):
 
     gradients, (loss, y_pred) = _gradients(forward, [weight.value for weight in weights])
     batch_size = ops.shape(next(tensor for tensor in keras.tree.flatten(x) if tensor is not None))[0]
-    sam._loss_tracker.update_state(loss * _replicas(), sample_weight=batch_size)
+    track_loss(sam, loss * _replicas(), batch_size)
     with _no_gradients():
         values = [ops.copy(weight) for weight in weights]  # of variables of TensorFlow, tensors
         moved = sam.perturb(values, gradients, sam.optimizer.scale_loss(1.0))
 
-    # No variable changes: in the scope, its own values are what reading variables gives and assigning to them sets.
+    # No variable changes: reading and assigning variables acts on the values of the scope.
     with keras.StatelessScope([*start, *zip(weights, moved, strict=True)], collect_losses=True) as scope:
         gradients, _ = _gradients(forward, moved)
     with _no_gradients():
@@ -68,13 +72,13 @@ def _jax_step(sam, state, data):
     moved = sam.perturb(weights, gradients, loss_scale)
     gradients, (_, _, after_second, _) = gradients_at(moved, _choose(carried, after_first, others))
     weights, optimizer_state = sam.optimizer.stateless_apply(optimizer_state, gradients, weights)
-    logs, metrics_state = sam._update_metrics_variables(new_metrics_state, loss, x, y, y_pred, sample_weight)
+    logs, metrics_state = update_metrics(sam, new_metrics_state, loss, x, y, y_pred, sample_weight)
     return logs, (weights, _choose(carried, after_second, after_first), optimizer_state, metrics_state)
 
 
 def _carried(sam):
-    """For each variable that is not trained, whether the second pass goes on from the first and leaves its value."""
-    # What `variables` are and `weights` are not are the states of random generators: both passes draw the same.
+    """For each non-trainable variable, whether the second pass continues from the first and keeps its value."""
+    # Only `variables`, not `weights`, contain the states of random generators: both passes draw the same.
     weights = {id(variable) for variable in sam.weights}
     twice = sam.update_moving_statistics == "twice"
     return [twice and id(variable) in weights for variable in sam.non_trainable_variables]
@@ -85,7 +89,7 @@ def _choose(conditions, values, others):
 
 
 def _gradients(forward, values):
-    """The gradients of a loss with respect to variables of the backend or tensors, and what comes with the loss."""
+    """The gradients of a loss by variables of the backend or tensors, and what `forward` returns with the loss."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -112,7 +116,7 @@ def _no_gradients():
 
 
 def _replicas():
-    """By how much Keras divides the loss in each replica."""
+    """The number of replicas, by which Keras divides the loss in each replica."""
     if keras.backend.backend() != "tensorflow":
         return 1
 

@@ -1,6 +1,7 @@
-"""How far, and where to, sharpness-aware minimization moves weights: pure functions of weights and gradients."""
+"""The perturbations of sharpness-aware minimization: pure functions of weights and gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from keras import ops
 
@@ -15,26 +16,28 @@ def perturbations(
     gradients: Sequence,
     adapted: Sequence[bool],
     *,
-    loss_scale,
+    loss_scale: Any,
     rho: float,
     adaptive: str | None,
     norm: str,
     eta: float,
 ) -> list:
-    """The perturbation of each weight, float32; one norm is taken over all of them.
+    """The perturbation of each weight; one norm is taken over all of them.
 
-    They are 0 if any gradient is not finite, so that the weights stay finite, too, and it is for the optimizer to see
-    that the gradient is not.
+    All are 0 if any gradient is not finite, so that the weights stay finite and the optimizer sees the gradient.
 
     Args:
         weights: Tensors.
         gradients: Gradients of the loss times `loss_scale`, or None where it does not depend on a weight.
-        adapted: For each weight, whether it has a scale of its own if `adaptive` is not None.
+        adapted: For each weight, whether `adaptive` applies to it.
         loss_scale: Number or scalar tensor.
         rho: The radius.
         adaptive: None, ``"elementwise"`` or ``"layerwise"``.
         norm: ``"l2"`` or ``"linf"``.
-        eta: What is added to elementwise scales, and the share that is added to layerwise ones.
+        eta: Added to the absolute value of weights (elementwise), or the relative increase of their norm (layerwise).
+
+    Returns:
+        float32 tensors.
     """
     gradients = [_float32(g, like=w) / loss_scale for w, g in zip(weights, gradients, strict=True)]
     scales = [_scale(w, adaptive if own else None, eta) for w, own in zip(weights, adapted, strict=True)]
@@ -50,7 +53,7 @@ def perturbations(
 
 def _float32(gradient, like):
     zeros = ops.zeros_like(like, dtype="float32")
-    # The sum is a tensor even where TensorFlow has the gradient of an embedding as slices.
+    # The sum is a tensor even where the gradient of an embedding is an IndexedSlices of TensorFlow.
     return zeros if gradient is None else ops.add(zeros, ops.cast(gradient, "float32"))
 
 

@@ -1,9 +1,14 @@
-"""Keeps the proxies at the data: sets them to what the layers really see, once or now and then during `fit`."""
+"""Sets the proxies to the moments that the layers see in data, once or regularly during `fit`."""
+
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import argument_error
 from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.compat import layers_inside
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 from keras_proxynorm.observation.calls import check_batch
 from keras_proxynorm.observation.calls import visit_normalized_inputs
@@ -11,23 +16,24 @@ from keras_proxynorm.observation.calls import visit_normalized_inputs
 __all__ = ["CalibrateProxies", "calibrate_proxies"]
 
 
-def calibrate_proxies(model: keras.Model, data) -> int:
-    """Sets the proxies of all layers to mean and standard deviation of their normalized inputs over some data.
+def calibrate_proxies(model: keras.Model, data: Any) -> int:
+    """Sets the proxies of all layers to mean and standard deviation of their normalized inputs over a batch.
 
-    Proxy normalization centers and scales what is as its proxy. A proxy that is far from the data leaves channels with
-    a mean and a scale of their own, of which `keras_proxynorm.diagnostics.collapse_report` tells; the loss does not
-    draw it back. This does. The model computes something else afterwards: do it before or during training, or train on.
+    Proxy normalization centers and scales channels that resemble their proxy. With a proxy that is far from the data,
+    channels keep a mean and a scale of their own, which `keras_proxynorm.diagnostics.collapse_report` reports, and the
+    loss does not pull the proxy back. This function does. It changes what the model computes: call it before or during
+    training, or train on afterwards.
 
     Args:
-        model: A built model with `GroupNormProxy`, `LayerNormProxy` or `ProxyActivation` layers, wherever in it.
-        data: A batch of inputs, as for a call of the model; some dozen samples do. The layers see what the layers
-            before them make of it when their proxies are set.
+        model: A built model with `GroupNormProxy`, `LayerNormProxy` or `ProxyActivation` layers at any depth.
+        data: A batch of inputs, as for a call of the model; some dozen samples suffice. The proxies are set in the
+            order of the calls, so that each layer sees the effect of the proxies before it.
 
     Returns:
-        The number of layers whose proxies were set. Those of frozen layers are not.
+        The number of layers whose proxies were set. Proxies of frozen layers are not set.
 
     Raises:
-        ValueError: If the model does not take the data, or has no proxies that can be set.
+        ValueError: If the model does not run on the data, or has no proxies that can be set.
 
     Example:
 
@@ -41,45 +47,46 @@ def calibrate_proxies(model: keras.Model, data) -> int:
 
     Reference:
 
-    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), whose proxies are learned alone
+    - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743), where proxies are only learned
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"Argument `model` must be a built keras.Model. Received: model={model!r}")
+    check_built_model(model)
     layers = _layers_with_proxies(model)
     if not layers:
-        raise ValueError(
-            "Argument `model` must have layers with proxies that are not frozen. Received: model "
-            f"'{model.name}', which has none"
-        )
-    visited = []
-
-    def calibrate(layer, mean, stddev):
-        layer.proxy.assign(np.stack([mean, stddev - 1]))
-        visited.append(layer)
-
-    with check_batch("data", model, data):
-        visit_normalized_inputs(model, layers, data, calibrate)
-    return len(visited)
+        raise argument_error("model", model, "a model that has layers with proxies that are not frozen")
+    check_batch("data", model, data)
+    return _set_proxies(model, layers, data)
 
 
 def _layers_with_proxies(model):
-    layers = {id(layer): layer for layer in model._flatten_layers() if isinstance(layer, ProxyNormalizationLayer)}
+    layers = {id(layer): layer for layer in layers_inside(model) if isinstance(layer, ProxyNormalizationLayer)}
     return [layer for layer in layers.values() if layer.proxy is not None and layer.trainable]
+
+
+def _set_proxies(model, layers, data):
+    """Sets the proxies of those of the layers that the model calls; returns how many these are."""
+    visited = []
+
+    def set_proxy(layer, mean, stddev):
+        layer.proxy.assign(np.stack([mean, stddev - 1]))
+        visited.append(layer)
+
+    visit_normalized_inputs(model, layers, data, set_proxy)
+    return len(visited)
 
 
 class CalibrateProxies(keras.callbacks.Callback):
     """Sets the proxies to the data every so many steps of `fit`, as `calibrate_proxies` does.
 
-    Between two of these the proxies are learned, and the model is a function of its weights and of single samples, as
-    always. What it helps with is layer norm with large batches, so with large learning rates and few steps, in which
-    proxies are left behind; docs/accuracy.md has measurements.
+    In between, proxies are learned, and the model is a function of its weights and of single samples, as always. It
+    helps layer norm with large batches, that is with large learning rates and few steps, where proxies fall behind the
+    data; docs/accuracy.md has measurements.
 
-    Each time costs a forward pass over the data that is not compiled.
+    Each calibration costs a forward pass over the data that is not compiled, the first one two.
 
     Args:
         data: A batch of inputs, as for a call of the model: some dozen samples of the training data.
-        every: Positive integer: after how many steps. With `steps_per_execution`, after the first execution that
-            completes so many. Defaults to 8, which was enough where 32 was not.
+        every: Positive integer: the number of steps between calibrations. With `steps_per_execution`, the first
+            execution that completes so many steps is followed by one. Defaults to 8, which sufficed where 32 did not.
 
     Raises:
         ValueError: If `every` is not a positive integer. From `fit`: as `calibrate_proxies`.
@@ -96,22 +103,29 @@ class CalibrateProxies(keras.callbacks.Callback):
     >>> history = model.fit(images, labels, callbacks=[CalibrateProxies(images[:32], every=1)], verbose=0)
     """
 
-    def __init__(self, data, every: int = 8):
+    def __init__(self, data: Any, every: int = 8) -> None:
         super().__init__()
         self.data = data
         self.every = as_positive_integer("every", every)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         self._steps, self._calibrated = 0, 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._first = self._steps
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._steps = self._first + batch + 1
         if self._steps // self.every > self._calibrated // self.every:
+            is_first = self._calibrated == 0
             self._calibrated = self._steps
-            if keras.backend.backend() == "jax":
-                # The weights are where `fit` has them, not in the model, and are fetched from there again afterwards.
-                self.model.jax_state_sync()
+            self._calibrate(is_first)
+
+    def _calibrate(self, is_first):
+        if keras.backend.backend() == "jax":
+            # Moves the weights from `fit` into the model; `fit` fetches them from there again.
+            self.model.jax_state_sync()
+        if is_first:
             calibrate_proxies(self.model, self.data)
+        else:
+            _set_proxies(self.model, _layers_with_proxies(self.model), self.data)

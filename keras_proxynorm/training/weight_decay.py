@@ -1,9 +1,13 @@
-"""The paper's weight decay: kernels and proxies decay, scales and offsets of normalization layers do not."""
+"""The weight decay of the paper: kernels and proxies decay, gamma and beta do not."""
 
 import re
 import warnings
 
 import keras
+
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.compat import uses_weight_decay
 
 __all__ = ["exclude_norm_from_weight_decay"]
 
@@ -13,19 +17,19 @@ def exclude_norm_from_weight_decay(
 ) -> keras.optimizers.Optimizer:
     """Excludes every `gamma` and `beta` of a model from an optimizer's weight decay, and nothing else.
 
-    This is the rule of the paper: the proxies decay with the strength of the kernels, scales and offsets do not decay.
-    It covers the scales and offsets of Keras's own normalization layers too: all weights that are named exactly
-    ``gamma`` or ``beta``. Weights that the optimizer excludes already stay excluded.
+    This is the rule of the paper: proxies decay as kernels do, gamma and beta do not decay. It covers the normalization
+    layers of Keras too: all weights named exactly ``gamma`` or ``beta``. Weights that the optimizer excludes already
+    stay excluded.
 
-    `keras.optimizers.Muon` treats every matrix as a kernel, the proxies included; make it with
-    ``Muon(exclude_layers=["proxy"])``, then the proxies get its AdamW step and `adam_weight_decay`. (It is a regular
-    expression for the paths of weights: take ``"/proxy$"`` if names of yours contain "proxy".)
+    `keras.optimizers.Muon` treats every matrix as a kernel, including the proxies. Make it with
+    ``Muon(exclude_layers=["proxy"])``: proxies then get its AdamW step and `adam_weight_decay`. (This is a regular
+    expression for the paths of weights; use ``"/proxy$"`` if other names contain "proxy".)
 
     Call it before `fit`. Keras does not save exclusions: after `keras.models.load_model`, call it again with
-    ``model.optimizer`` before training goes on.
+    ``model.optimizer`` before training continues.
 
     Args:
-        optimizer: A Keras optimizer; a `keras.optimizers.LossScaleOptimizer` is looked through.
+        optimizer: A Keras optimizer. For a `keras.optimizers.LossScaleOptimizer`, its inner optimizer is meant.
         model: A built model.
 
     Returns:
@@ -49,16 +53,8 @@ def exclude_norm_from_weight_decay(
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(
-            f"Argument `optimizer` must be a keras.optimizers.Optimizer. Received: optimizer={optimizer!r}"
-        )
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
-    if not model.built:
-        raise ValueError(
-            "Argument `model` must be built, because an optimizer excludes weights and not names; call "
-            f"`model.build(input_shape)` or the model first. Received: model={model!r}"
-        )
+        raise argument_error("optimizer", optimizer, "a keras.optimizers.Optimizer")
+    check_built_model(model)
     if getattr(model, "optimizer", None) is optimizer and getattr(model, "train_function", None) is not None:
         raise ValueError(
             "Argument `optimizer` is in use: the training step is compiled, so excluding weights now would have no "
@@ -70,14 +66,14 @@ def exclude_norm_from_weight_decay(
     weights = model.weights  # with those of frozen layers, which may thaw
     # Asking first keeps what was excluded before: exclude_from_weight_decay replaces its lists.
     inner.exclude_from_weight_decay(
-        var_list=[w for w in weights if w.name in ("gamma", "beta") or not inner._use_weight_decay(w)]
+        var_list=[w for w in weights if w.name in ("gamma", "beta") or not uses_weight_decay(inner, w)]
     )
     proxies = [weight for weight in weights if weight.name == "proxy"]
     if isinstance(inner, keras.optimizers.Muon) and not all(
         any(re.search(pattern, proxy.path) for pattern in inner.exclude_layers) for proxy in proxies
     ):
         warnings.warn(
-            "Muon takes every matrix for a kernel and would orthogonalize the proxies of the normalization layers. "
+            "Muon treats every matrix as a kernel and would orthogonalize the proxies of the normalization layers. "
             'Make it with Muon(exclude_layers=["proxy"]).',
             stacklevel=2,
         )

@@ -172,7 +172,7 @@ def test_bad_data(data):
 
 @pytest.mark.parametrize("data", [(X, Y[:3]), X[:0], np.float32(3), ({"a": X}, Y[:1])])
 def test_arrays_that_do_not_go_together(data):
-    with pytest.raises(ValueError, match="Argument `data` must have arrays with one number of samples"):
+    with pytest.raises(ValueError, match="Argument `data` must have arrays with the same number of samples"):
         batches(data)
 
 

@@ -290,5 +290,5 @@ def test_bad_input():
         loss_landscape(linear(), (x, y))
     frozen = linear()
     frozen.trainable = False
-    with pytest.raises(ValueError, match="Argument `model` must have trainable weights"):
+    with pytest.raises(ValueError, match="Argument `model` must be a model that has trainable weights"):
         loss_landscape(frozen, (x, y), loss=MSE)

@@ -445,9 +445,9 @@ def test_streaming_moments_are_those_of_all(sizes, seed, offset):
 )
 def test_channel_powers_do_not_depend_on_the_batches(data, cut):
     whole, parts = ChannelPowers(), ChannelPowers()
-    whole.update(data)
-    parts.update(data[:, :cut])
-    parts.update(data[:, cut:])
+    whole.update(*data)
+    parts.update(*data[:, :cut])
+    parts.update(*data[:, cut:])
     np.testing.assert_allclose(parts.terms, whole.terms, rtol=1e-9, atol=1e-9)
     means, stddevs = data
     np.testing.assert_allclose(whole.terms.sum(), np.mean(means**2 + stddevs**2), rtol=1e-9, atol=1e-9)
@@ -457,6 +457,6 @@ def test_channel_powers_do_not_depend_on_the_batches(data, cut):
 def test_memory_does_not_grow_with_the_data():
     moments = ChannelPowers()
     for i in range(20):
-        moments.update(np.random.default_rng(i).normal(size=(2, 50, 3)))
+        moments.update(*np.random.default_rng(i).normal(size=(2, 50, 3)))
     kept = [np.size(v) for part in vars(moments).values() for v in vars(part).values()]
     assert max(kept) <= 3

@@ -145,7 +145,7 @@ def test_how_often(every, steps_per_execution, times, monkeypatch):
     if keras.backend.backend() == "torch" and steps_per_execution > 1:
         pytest.skip("Keras has no steps_per_execution on PyTorch")
     calls = []
-    monkeypatch.setattr("keras_proxynorm.training.proxies.calibrate_proxies", lambda *args: calls.append(args))
+    monkeypatch.setattr("keras_proxynorm.training.proxies._set_proxies", lambda *args: calls.append(args))
     fit(build(), data(), every, steps_per_execution=steps_per_execution)
     assert len(calls) == times
 
@@ -159,9 +159,12 @@ def test_with_xla():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: calibrate_proxies("model", data()), "`model` must be a built keras.Model.*'model'"),
-        (lambda: calibrate_proxies(keras.Sequential([layers.Dense(1)]), data()), "`model` must be a built"),
-        (lambda: calibrate_proxies(build([layers.ReLU()]), data()), "`model` must have layers with proxies"),
+        (lambda: calibrate_proxies("model", data()), "`model` must be a keras.Model.*'model'"),
+        (lambda: calibrate_proxies(keras.Sequential([layers.Dense(1)]), data()), "`model` must be built"),
+        (
+            lambda: calibrate_proxies(build([layers.ReLU()]), data()),
+            "`model` must be a model that has layers",
+        ),
         (lambda: calibrate_proxies(build(), data()[:0]), "`data` must be a batch of inputs"),
         (lambda: calibrate_proxies(build(), data()[..., :2]), "`data` must be.*shape \\(16, 8, 8, 2\\)"),
         (lambda: CalibrateProxies(data(), every=0), "`every` must be a positive integer.*every=0"),
