@@ -1,15 +1,114 @@
 """What breaks if a new version of Keras or TensorFlow moves a private name that the package uses."""
 
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import pathlib
+
 import keras
 import numpy as np
+import pytest
+from backends import BACKEND
 from backends import tensorflow_only
 
+import keras_proxynorm
 from keras_proxynorm import compat
+
+PACKAGE = pathlib.Path(keras_proxynorm.__file__).parent
+
+
+def without_it(consequence):
+    """Makes a test that fails, by whatever exception, say what this version of the libraries breaks."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def checked(*args, **kwargs):
+            try:
+                test(*args, **kwargs)
+            except Exception as error:
+                versions = f"Keras {keras.__version__} on {BACKEND} {importlib.metadata.version(BACKEND)}"
+                pytest.fail(f"{versions} changed what keras_proxynorm.compat uses: {consequence}. {error!r}")
+
+        return checked
+
+    return decorate
+
+
+def test_every_function_has_a_test():
+    text = pathlib.Path(__file__).read_text()
+    functions = [name for name in compat.__all__ if not isinstance(getattr(compat, name), type)]
+    assert [name for name in functions if f"compat.{name}(" not in text] == []
+
+
+def private_names(module):
+    """What a module names of others that begins with an underscore, and the private modules that it imports."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if any(part in f".{node.module}." for part in (".src.", "tensorflow.python.", "tensorflow.compiler.")):
+                yield node.module
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            # Those of named tuples are public, by documentation.
+            if owner not in ("self", "cls", "super()") and node.attr not in ("_fields", "_replace", "_asdict"):
+                yield f"{owner}.{node.attr}"
+
+
+def test_no_other_module_names_what_is_private():
+    export = pathlib.Path(importlib.util.find_spec("keras_proxynorm.export").origin).parent
+    modules = [module for folder in (PACKAGE, export) for module in folder.rglob("*.py")]
+    found = {module.name: names for module in modules if (names := list(private_names(module)))}
+    assert found.keys() == {"compat.py"} and len(modules) > 60, found
+
+
+@without_it("the graph of a functional model cannot be read: no surgery, folding or export")
+def test_nodes_are_in_the_order_of_computation():
+    inputs = keras.Input((3,))
+    dense, add = keras.layers.Dense(3), keras.layers.Add()
+    outputs = add([dense(inputs), inputs])
+    nodes = list(compat.nodes_of(keras.Model(inputs, outputs)))
+    assert [node.is_input for node in nodes] == [True, False, False]
+    assert [node.operation for node in nodes[1:]] == [dense, add]
+    assert nodes[1].args == (inputs,) and nodes[1].kwargs == {}
+    assert nodes[2].args[0][0] is nodes[1].outputs[0] and nodes[2].outputs == (outputs,)
+
+
+@without_it("layers inside of other layers and models are not found")
+def test_layers_inside_are_those_at_any_depth():
+    dense = keras.layers.Dense(2)
+    inner = keras.Sequential([keras.layers.TimeDistributed(dense)])
+    model = keras.Sequential([inner])
+    inside = compat.layers_inside(model)
+    assert inside[0] is model and any(layer is dense for layer in inside)
+    assert all(layer is not model for layer in compat.layers_inside(model, include_self=False))
+
+
+def decaying():
+    """An optimizer with weight decay, and two variables."""
+    dense = keras.layers.Dense(2)
+    dense.build((None, 3))
+    return keras.optimizers.AdamW(weight_decay=0.1), dense.kernel, dense.bias
+
+
+@without_it("exclude_norm_from_weight_decay forgets what was excluded before")
+def test_excluded_variables_do_not_decay():
+    optimizer, kernel, bias = decaying()
+    optimizer.exclude_from_weight_decay(var_list=[bias])
+    assert compat.uses_weight_decay(optimizer, kernel) and not compat.uses_weight_decay(optimizer, bias)
+
+
+@without_it("surgery does not warn that exclusions from weight decay are lost with the optimizer")
+@pytest.mark.parametrize("how", ["var_list", "var_names"])
+def test_exclusions_are_seen(how):
+    optimizer, _, bias = decaying()
+    assert not compat.excludes_from_weight_decay(optimizer)
+    optimizer.exclude_from_weight_decay(**{how: [bias if how == "var_list" else "bias"]})
+    assert compat.excludes_from_weight_decay(optimizer)
 
 
 @tensorflow_only
+@without_it("what is compiled by XLA on a CPU sums over positions several times slower")
 def test_xla_is_recognized():
-    """Without it, what is compiled by XLA on a CPU sums over positions several times slower."""
     import tensorflow as tf
 
     found = {}
@@ -28,8 +127,8 @@ def test_xla_is_recognized():
 
 
 @tensorflow_only
+@without_it("XLA merges sums, and copies whole inputs on a TPU")
 def test_xla_sees_the_barrier():
-    """Without it, XLA merges sums, and copies whole inputs on a TPU."""
     import tensorflow as tf
 
     function = tf.function(lambda x: compat.xla_optimization_barrier(x + 1) + 1, jit_compile=True)
@@ -37,19 +136,21 @@ def test_xla_sees_the_barrier():
     assert "opt-barrier" in function.experimental_get_compiler_ir(tf.zeros((2,)))(stage="hlo")
 
 
-def test_layers_inside_are_those_at_any_depth():
-    """Without it, layers in models in a model are not found."""
-    dense = keras.layers.Dense(2)
-    inner = keras.Sequential([keras.layers.TimeDistributed(dense)])
-    model = keras.Sequential([inner])
-    inside = compat.layers_inside(model)
-    assert inside[0] is model and any(layer is dense for layer in inside)
-    assert all(layer is not model for layer in compat.layers_inside(model, include_self=False))
+@tensorflow_only
+@without_it("the variables of exported models are not frozen into constants")
+def test_variables_become_constants():
+    import tensorflow as tf
+
+    variable = tf.Variable([1.0, 2.0])
+    concrete = tf.function(lambda x: x * variable).get_concrete_function(tf.TensorSpec((2,)))
+    frozen = compat.convert_variables_to_constants(concrete)
+    assert len(concrete.variables) == 1 and not frozen.variables and not frozen.captured_inputs
+    variable.assign([0.0, 0.0])
+    np.testing.assert_array_equal(keras.tree.flatten(frozen(tf.ones((2,)))), [[1, 2]])
 
 
+@without_it("weights of other kinds of layers would load into ours by position")
 def test_own_variables_are_in_the_order_of_files():
-    """Without it, weights of other kinds of layers would load into ours by position."""
-
     class Wrapping(keras.layers.Layer):
         def build(self, input_shape):
             self.counter = self.add_weight(name="counter", shape=(), trainable=False, initializer="zeros")
@@ -67,3 +168,72 @@ def test_own_variables_are_in_the_order_of_files():
     keras.layers.Layer.save_own_variables(layer, store)
     for stored, variable in zip(store.values(), compat.own_variables(layer), strict=True):
         assert stored is variable
+
+
+class Rematerialized(keras.layers.Layer):
+    """Counts how often it is asked to be rematerialized."""
+
+    count = 0
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        self.count += 1
+        return layer_call
+
+    def call(self, x):
+        return x
+
+
+@without_it("layers made within a keras.RematScope lose their rematerialization, and training needs more memory")
+def test_rematerialization_is_copied():
+    with keras.RematScope(mode="full"):
+        source = Rematerialized()
+    target = Rematerialized()
+    target(np.ones((2, 3)))
+    assert target.count == 0
+    compat.copy_rematerialization(source, target)
+    target(np.ones((2, 3)))
+    assert target.count == 1
+
+
+@without_it("Lambda layers cannot be cloned")
+def test_output_shape_of_a_lambda():
+    assert compat.lambda_output_shape(keras.layers.Lambda(lambda x: x, output_shape=(3,))) == (3,)
+    assert compat.lambda_output_shape(keras.layers.Lambda(lambda x: x)) is None
+
+
+@without_it("SharpnessAwareMinimization rounds indices of embeddings to float16")
+def test_inputs_are_handed_on_as_they_are():
+    class Wrapper(keras.Model):
+        def call(self, x):
+            return self.model(x)
+
+    ids = keras.Input(())
+    model = keras.Model(ids, keras.layers.Identity(dtype="float32")(ids))
+    wrapper = Wrapper(dtype="mixed_float16")
+    wrapper.model = model
+    assert float(wrapper(np.float32([2049.0]))[0]) == 2048
+    compat.convert_arguments_like(wrapper, model)
+    assert float(wrapper(np.float32([2049.0]))[0]) == 2049
+
+
+@without_it("SharpnessAwareMinimization does not report a loss")
+def test_losses_are_tracked():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    compat.track_loss(model, 2.0, 1)
+    compat.track_loss(model, 5.0, 2)
+    np.testing.assert_allclose(model.get_metrics_result()["loss"], (1 * 2 + 2 * 5) / 3)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
+@without_it("SharpnessAwareMinimization reports no metrics on JAX")
+def test_metrics_are_updated():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, kernel_initializer="zeros")])
+    model.compile("sgd", "mse", metrics=["mae"])
+    x, y = np.ones((2, 3), "float32"), np.ones((2, 1), "float32")
+    model.evaluate(x, y, verbose=0)
+    model.reset_metrics()
+    before = [variable.value for variable in model.metrics_variables]
+    logs, after = compat.update_metrics(model, before, np.float32(4), x, y, model(x), None)
+    assert (float(logs["loss"]), float(logs["mae"])) == (4, 1)
+    assert len(after) == len(before) and any(np.any(a != b) for a, b in zip(after, before, strict=True))
