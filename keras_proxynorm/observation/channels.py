@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import normalization_axis
 from keras_proxynorm.observation.layers import is_normalization
 
 __all__ = ["channel_axis", "channel_moments"]
@@ -14,9 +15,7 @@ __all__ = ["channel_axis", "channel_moments"]
 
 def channel_axis(layer: keras.layers.Layer, rank: int) -> int:
     """The channel axis of a layer's output of a given rank, not negative."""
-    axis = getattr(layer, "axis", None) if is_normalization(layer) else None
-    if isinstance(axis, (list, tuple)):
-        axis = axis[0] if len(axis) == 1 else None
+    axis = normalization_axis(layer) if is_normalization(layer) else None
     if axis is not None:
         return axis % rank
     if rank > 3 and not hasattr(layer, "data_format"):

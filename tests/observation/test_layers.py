@@ -16,7 +16,6 @@ from keras_proxynorm.diagnostics import power_decomposition
 from keras_proxynorm.diagnostics import signal_propagation
 from keras_proxynorm.observation import channels
 from keras_proxynorm.observation import layers as observed_layers
-from keras_proxynorm.observation.channels import channel_axis
 
 
 def chosen(model, layers, default=observed_layers.is_normalization):
@@ -97,6 +96,39 @@ def test_nothing_chosen():
         chosen(chain(), lambda layer: False)
     with pytest.raises(ValueError, match="The model 'plain' has no normalization layer; name"):
         chosen(keras.Sequential([keras.Input((3,)), L.Dense(3)], name="plain"), None)
+
+
+A, B = L.BatchNormalization(name="bn"), L.LayerNormalization(name="ln")
+CANDIDATES = [("bn", A), ("inner/ln", B), ("other/bn", L.BatchNormalization(name="bn"))]
+
+
+@pytest.mark.parametrize(
+    "layers, paths",
+    [
+        ("bn", ["bn", "other/bn"]),
+        ("other/bn", ["other/bn"]),
+        (L.LayerNormalization, ["inner/ln"]),
+        (L.Layer, ["bn", "inner/ln", "other/bn"]),
+        (A, ["bn"]),
+        ({"ln", "other/bn"}, ["inner/ln", "other/bn"]),
+        ((x for x in ["ln", A]), ["bn", "inner/ln"]),
+        (lambda layer: layer is B, ["inner/ln"]),
+        ([lambda layer: layer is B, "other/bn"], ["inner/ln", "other/bn"]),
+        (lambda layer: False, []),
+        ([], []),
+        # Not in the model, but a class that may be asked for.
+        ([L.GroupNormalization, "ln"], ["inner/ln"]),
+    ],
+)
+def test_choices_among_pairs_of_paths_and_layers(layers, paths):
+    is_chosen = observed_layers.chooses(layers, iter(CANDIDATES), classes=(L.GroupNormalization,))
+    assert [path for path, layer in CANDIDATES if is_chosen(path, layer)] == paths
+
+
+@pytest.mark.parametrize("layers", ["inner", L.Dense, L.BatchNormalization(name="bn"), ["bn", "none"], None, 3])
+def test_a_choice_that_is_no_candidate_is_named(layers):
+    with pytest.raises(ValueError, match="Argument `layers` must be names.*of norms.*Received.*the model has no norm"):
+        observed_layers.chooses(layers, CANDIDATES, "norm")
 
 
 @pytest.mark.parametrize(
@@ -190,28 +222,6 @@ def test_in_a_loop_or_vectorized(steps):
         result = power_decomposition(model, x, verbose=0)
     y = keras.ops.convert_to_numpy(model(x))
     np.testing.assert_allclose(result.powers.sum(), np.mean(np.square(y, dtype="float64")), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "layer, rank, axis",
-    [
-        (lambda: L.BatchNormalization(axis=1), 4, 1),
-        (lambda: L.BatchNormalization(), 4, 3),
-        (lambda: L.LayerNormalization(axis=(1, 2, 3)), 4, 3),
-        (lambda: L.LayerNormalization(axis=[-1]), 3, 2),
-        (lambda: L.GroupNormalization(1, axis=1), 5, 1),
-        (lambda: L.Conv2D(3, 3, data_format="channels_first"), 4, 1),
-        (lambda: L.Conv1D(3, 3, data_format="channels_first"), 3, 1),
-        (lambda: L.GlobalAveragePooling2D(data_format="channels_first"), 2, 1),
-        (lambda: L.ReLU(), 4, 3),
-        (lambda: L.Dense(3), 2, 1),
-        (lambda: kp.LayerNormProxy(axis=1), 4, 1),
-        # Not the channel axis.
-        (lambda: L.Softmax(axis=1), 4, 3),
-    ],
-)
-def test_channel_axis(layer, rank, axis):
-    assert channel_axis(layer(), rank) == axis
 
 
 def test_the_call_of_a_layer_that_has_its_own_stays():
