@@ -8,13 +8,17 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import as_boolean
+from keras_proxynorm.arguments import as_positive_integer
 from keras_proxynorm.baselines.batch_statistics import Moments
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import normalize
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
 from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.layers.base import Shape
 
 __all__ = ["BatchGroupNormalization"]
 
@@ -23,9 +27,9 @@ __all__ = ["BatchGroupNormalization"]
 class BatchGroupNormalization(MovingStatisticsLayer):
     """Batch normalization whose statistics are shared by groups of features (BGN).
 
-    The features of an example, in the order channel, height, width, are cut into `groups` equal parts. Each part has
-    one mean and one variance, over the part and over the batch; scale and offset are those of the channel. With as many
-    groups as channels that is batch normalization; with fewer it needs fewer examples, and on a batch of one it is
+    The features of a sample, in the order channel, height, width, are cut into `groups` equal parts. Each part has
+    one mean and one variance, over the part and over the batch; `gamma` and `beta` are those of the channel. With as
+    many groups as channels that is batch normalization; with fewer it needs fewer samples, and on a batch of one it is
     group normalization; with more, a group is part of a channel's map, and the size of the map must not change.
 
     The paper ties the number of groups to the batch size of a device, the same for all layers: the smaller the batch,
@@ -45,22 +49,11 @@ class BatchGroupNormalization(MovingStatisticsLayer):
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
-        moving_mean: Weight of shape ``(groups,)``.
-        moving_variance: Weight of shape ``(groups,)``.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
+        moving_mean, moving_variance: Weights of shape ``(groups,)``.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown if
-            `groups` divides the number of channels.
-        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for groups that divide neither channels nor features and
-            an axis that is out of range when it is built; for integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
+    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
 
     Example:
 
@@ -83,15 +76,13 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         epsilon: float = 1e-5,
         *,
         use_moving_statistics: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
-        self.groups = as_integer("groups", groups, "a positive integer")
-        if self.groups < 1:
-            raise ValueError(f"Argument `groups` must be a positive integer. Received: groups={groups}")
-        self.use_moving_statistics = bool(use_moving_statistics)
+        self.groups = as_positive_integer("groups", groups)
+        self.use_moving_statistics = as_boolean("use_moving_statistics", use_moving_statistics)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if not self._groups_channels(input_shape):
             # The statistics of a part of a map mean something for a map of this size.
@@ -99,7 +90,7 @@ class BatchGroupNormalization(MovingStatisticsLayer):
             self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
 
     def _groups_channels(self, shape):
-        return shape[self._channel_axis(shape)] % self.groups == 0
+        return self._channels(shape) % self.groups == 0
 
     def _statistics_size(self, input_shape):
         return self.groups
@@ -107,18 +98,14 @@ class BatchGroupNormalization(MovingStatisticsLayer):
     def _check_channels(self, input_shape, channels):
         if self._groups_channels(input_shape):
             return
-        received = f"Received: groups={self.groups}, inputs.shape={tuple(input_shape)}"
+        expected = f"a divisor of the number of channels, {channels}"
         if None in input_shape[1:]:
-            raise ValueError(
-                f"Argument `groups` must divide the number of channels, {channels}, where other sizes of the inputs "
-                f"are unknown. {received}"
-            )
-        features = math.prod(input_shape[1:])
-        if features % self.groups:
-            raise ValueError(
-                f"Argument `groups` must divide the number of channels, {channels}, or that of features, {features}. "
-                f"{received}"
-            )
+            expected += ", where other sizes of the inputs are unknown"
+        elif math.prod(input_shape[1:]) % self.groups:
+            expected += f", or of that of features, {math.prod(input_shape[1:])}"
+        else:
+            return
+        raise argument_error("groups", self.groups, expected, f"inputs.shape={tuple(input_shape)}")
 
     def _normalize_batch(self, x, gamma, beta):
         moments = self._batch_moments(x)
@@ -130,15 +117,15 @@ class BatchGroupNormalization(MovingStatisticsLayer):
             return self._normalize(x, Moments.of_vectors(*self._moving(x.dtype)), gamma, beta)
         return self._normalize(x, self._batch_moments(x), gamma, beta)
 
-    def inference_affine(self):
+    def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
         channels = self.input_spec.axes[self.axis % self.input_spec.ndim]
         if not self.use_moving_statistics or channels % self.groups:
             return None
-        moving = (
+        mean, variance = (
             np.repeat(ops.convert_to_numpy(weight), channels // self.groups)
             for weight in (self.moving_mean, self.moving_variance)
         )
-        return affine_at_inference(self, *moving, self.epsilon)
+        return affine_at_inference(self, mean, variance, self.epsilon)
 
     def _batch_moments(self, x):
         """The moments of each group, of shape ``(1, groups)``."""
@@ -150,16 +137,14 @@ class BatchGroupNormalization(MovingStatisticsLayer):
 
     def _normalize(self, x, moments, gamma, beta):
         axis = self._channel_axis(x.shape)
-        gamma, beta = broadcast(gamma, x, axis), broadcast(beta, x, axis)
         if self._groups_channels(x.shape):
             # Group statistics for each channel, and no copy of the input in another layout.
             moments = Moments(*(ops.repeat(moment, x.shape[axis] // self.groups, axis=1) for moment in moments))
-            return kernels.normalize(x, *moments.over(x, axis), gamma, beta, self.epsilon)
-        parts = self._by_features(x)
-        parts = kernels.normalize(parts, *moments.over(parts, 1), None, None, self.epsilon)
+            return normalize(x, moments, axis, self.epsilon, gamma, beta)
+        parts = normalize(self._by_features(x), moments, 1, self.epsilon)
         sizes = [size for i, size in enumerate(x.shape) if i not in (0, axis)]
         y = ops.moveaxis(ops.reshape(parts, (-1, x.shape[axis], *sizes)), 1, axis)
-        return kernels.affine(y, gamma, beta)
+        return kernels.affine(y, broadcast(gamma, y, axis), broadcast(beta, y, axis))
 
     def _by_features(self, x):
         """The inputs as ``(batch, groups, features of a group)``, features in the order channel, height, width."""

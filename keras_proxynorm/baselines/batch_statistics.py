@@ -5,16 +5,17 @@ tensors, a pivot and the distance to it, so that large means keep their digits; 
 as the mean of the variances and the variance of the means.
 """
 
-from typing import Any
 from typing import NamedTuple
 
 from keras import ops
 
+from keras_proxynorm import kernels
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.moments import Tensor
 
-__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "spread", "unbiased"]
+__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "spread", "unbiased"]
 
 
 class Moments(NamedTuple):
@@ -26,32 +27,47 @@ class Moments(NamedTuple):
         variance: The biased variance.
     """
 
-    pivot: Any
-    distance: Any
-    variance: Any
+    pivot: Tensor
+    distance: Tensor
+    variance: Tensor
 
     @property
-    def mean(self):
+    def mean(self) -> Tensor:
         """The mean, rounded."""
         return self.pivot + self.distance
 
     @classmethod
-    def of_vectors(cls, mean, variance):
+    def of_vectors(cls, mean: Tensor, variance: Tensor) -> "Moments":
         """Moments from vectors of the channels."""
         mean, variance = ops.expand_dims(mean, 0), ops.expand_dims(variance, 0)
         return cls(mean, ops.zeros_like(mean), variance)
 
-    def over(self, x, axis: int) -> tuple:
-        """Pivot, distance and variance, shaped to broadcast against `x`."""
-        return tuple(spread(moment, x, axis) for moment in self)
+
+def normalize(
+    x: Tensor, moments: Moments, axis: int, epsilon: float, gamma: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    """``gamma (x - mean) / sqrt(variance + epsilon) + beta``.
+
+    Args:
+        x: Float tensor.
+        moments: Those of each channel.
+        axis: Index of the channel axis, positive.
+        epsilon: Float, added to the variance.
+        gamma: Vector of the channels, values of each sample and channel, or None for 1.
+        beta: As `gamma`, or None for 0.
+    """
+    pivot, distance, variance = (spread(moment, x, axis) for moment in moments)
+    return kernels.normalize(x, pivot, distance, variance, spread(gamma, x, axis), spread(beta, x, axis), epsilon)
 
 
-def spread(values, like, axis: int):
-    """Values of each sample (or one for all) and channel, in a shape that broadcasts against `like`."""
+def spread(values: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
+    """Values of each sample (or one for all) and channel, in a shape that broadcasts against `like`; None for None."""
+    if values is None:
+        return None
     return ops.reshape(values, (-1, *(n if i == axis else 1 for i, n in enumerate(like.shape[1:], 1))))
 
 
-def channel_moments(x, axis: int) -> Moments:
+def channel_moments(x: Tensor, axis: int) -> Moments:
     """Moments over the positions of each sample and channel.
 
     Args:
@@ -62,13 +78,13 @@ def channel_moments(x, axis: int) -> Moments:
     return Moments(*(ops.reshape(moment, (-1, size)) for moment in group_moments(x, size, axis)))
 
 
-def merge(moments: Moments, groups: int | None = None, examples: int | None = None) -> Moments:
+def merge(moments: Moments, groups: int | None = None, samples: int | None = None) -> Moments:
     """Moments over blocks of consecutive samples and channels, whose members have equally many values.
 
     Args:
         moments: Those of each sample and channel.
         groups: The number of groups of channels, which divides that of the channels. Defaults to one for each channel.
-        examples: The number of samples of a block; the last block has those that are left. Defaults to all.
+        samples: The number of samples of a block; the last block has those that are left. Defaults to all.
 
     Returns:
         Moments, for each channel again; for each sample again, unless a block has all of them.
@@ -77,9 +93,9 @@ def merge(moments: Moments, groups: int | None = None, examples: int | None = No
     def average(values):
         if groups is not None and groups != values.shape[1]:
             values = _average_channels(values, groups)
-        if examples == 1:
+        if samples == 1:
             return values
-        return _average_batch(values) if examples is None else _average_samples(values, examples)
+        return _average_batch(values) if samples is None else _average_samples(values, samples)
 
     pivot = average(moments.pivot)
     # Close to each other, so their difference is exact.
@@ -99,12 +115,12 @@ def mix(first: Moments, second: Moments, weight: float) -> Moments:
     return Moments(first.pivot + ops.zeros_like(apart), first.distance + weight * apart, variance)
 
 
-def batch_count(x, axis: int):
+def batch_count(x: Tensor, axis: int) -> Tensor:
     """How many values of a channel there are in a batch, as a tensor of the dtype of `x`."""
     return ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, x.shape[axis], axis)
 
 
-def unbiased(variance, count):
+def unbiased(variance: Tensor, count: Tensor) -> Tensor:
     """A variance of `count` values that was divided by `count`, divided by ``count - 1``."""
     return variance * (count / ops.maximum(ops.cast(count, variance.dtype) - 1, 1))
 
@@ -121,9 +137,9 @@ def _average_channels(values, groups):
     return ops.reshape(ops.tile(values, (1, 1, per_group)), (-1, groups * per_group))
 
 
-def _average_samples(values, examples):
+def _average_samples(values, per_block):
     size = ops.shape(values)[0]
-    blocks = ops.arange(size) // examples
+    blocks = ops.arange(size) // per_block
     # As many segments as samples are enough for any size of a block; those that are not used are never read.
     sums, counts = (ops.segment_sum(x, blocks, num_segments=size) for x in (values, ops.ones_like(values[:, :1])))
     return ops.take(sums / ops.maximum(counts, 1), blocks, axis=0)

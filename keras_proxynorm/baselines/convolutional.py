@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.arguments import as_fraction
 from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.baselines.frequencies import filter_frequencies
@@ -15,6 +16,7 @@ from keras_proxynorm.baselines.frequencies import kernel_power
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import InitializerLike
+from keras_proxynorm.layers.base import Shape
 
 __all__ = ["ConvolutionalNormalization"]
 
@@ -34,7 +36,7 @@ class ConvolutionalNormalization(KernelNormalization):
         V_c(f) = (sum_j |K_cj(f)|^2) ^ -1/2
 
     for the filter ``c`` and input channels ``j``, so that each filter becomes an isometry: of every frequency it lets
-    through as much as of every other. Cropping and strides follow, and then, in the place of scale and offset, a
+    through as much as of every other. Cropping and strides follow, and then, in place of `gamma`, a
     depthwise convolution with a kernel of the size of the convolution's, and `beta`. Nothing depends on data. Gradients
     go through the convolution and not through ``V``. For a kernel of size 1 it is a division by the length of each
     filter.
@@ -47,8 +49,8 @@ class ConvolutionalNormalization(KernelNormalization):
 
     Args:
         layer: The convolution, without bias and activation: a `Conv1D` or `Conv2D` of `keras.layers` without dilation.
-        momentum: Float, of the batch normalization behind it. Defaults to 0.9.
-        epsilon: Float, of the batch normalization behind it. Defaults to 1e-5.
+        momentum: Float, of the following batch normalization. Defaults to 0.9.
+        epsilon: Float, of the following batch normalization. Defaults to 1e-5.
         batch_normalization: If True, a batch normalization comes at the end, as an option of the authors' code, with
             `gamma` and `beta` as `scale` and `center` say. Defaults to False.
         kernel_epsilon: Float, the least power that a frequency counts with, relative to the mean over all frequencies;
@@ -109,22 +111,22 @@ class ConvolutionalNormalization(KernelNormalization):
         depthwise_initializer: InitializerLike | None = None,
         moving_spectrum: bool = False,
         spectrum_momentum: float | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(layer, **kwargs)
         self.momentum = as_fraction("momentum", momentum)
         self.epsilon = as_nonnegative("epsilon", epsilon)
-        self.batch_normalization = bool(batch_normalization)
+        self.batch_normalization = as_boolean("batch_normalization", batch_normalization)
         self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
         self.depthwise_initializer = keras.initializers.get(depthwise_initializer)
-        self.moving_spectrum = bool(moving_spectrum)
-        if spectrum_momentum is not None:
-            spectrum_momentum = as_fraction("spectrum_momentum", spectrum_momentum)
-        self.spectrum_momentum = spectrum_momentum
-        self.depthwise_kernel = None
-        self.moving_inverse_gain = None
-        self.iterations = None
-        self.norm = None
+        self.moving_spectrum = as_boolean("moving_spectrum", moving_spectrum)
+        self.spectrum_momentum = (
+            None if spectrum_momentum is None else as_fraction("spectrum_momentum", spectrum_momentum)
+        )
+        self.depthwise_kernel: Any = None
+        self.moving_inverse_gain: Any = None
+        self.iterations: Any = None
+        self.norm: Any = None
         if self.batch_normalization:
             of_affine = {
                 f"{weight}_{kind}": getattr(self, f"{weight}_{kind}")
@@ -144,10 +146,10 @@ class ConvolutionalNormalization(KernelNormalization):
             )
 
     @classmethod
-    def why_unfit(cls, layer):
+    def unsupported_because(cls, layer: Any) -> str | None:
         if set(getattr(layer, "dilation_rate", [1])) != {1}:
             return "whose kernel is dilated"
-        return super().why_unfit(layer)
+        return super().unsupported_because(layer)
 
     def _add_affine(self, channels):
         # A depthwise kernel has the place of `gamma`.
@@ -170,7 +172,7 @@ class ConvolutionalNormalization(KernelNormalization):
         impulse[tuple((size - 1) // 2 for size in shape[:-2])] = 1
         return ops.convert_to_tensor(impulse, dtype=dtype) * self.gamma_initializer(shape[-2:], dtype=dtype)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if self.norm is not None:
             self.norm.build(self.layer.compute_output_shape(input_shape))

@@ -1,23 +1,30 @@
 """Cross-iteration batch normalization: statistics over the last few batches, corrected for the kernel's changes."""
 
 import math
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_integer
 from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import as_nonnegative_integer
+from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.baselines.batch_statistics import Moments
 from keras_proxynorm.baselines.batch_statistics import batch_count
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
+from keras_proxynorm.baselines.batch_statistics import normalize
 from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.baselines.moving_statistics import add_moving
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
 from keras_proxynorm.baselines.moving_statistics import move
 from keras_proxynorm.baselines.patches import moment_derivatives
-from keras_proxynorm.kernels import channels
+from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.layers.base import Shape
 from keras_proxynorm.moments import computation_dtype
 
 __all__ = ["CrossIterationBatchNormalization"]
@@ -27,7 +34,7 @@ _INVALID = ("clamp", "drop")
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class CrossIterationBatchNormalization(KernelNormalization):
-    """Batch normalization over the batches of the last few iterations (CBN), with the linear layer in front of it.
+    """Batch normalization over the batches of the last few iterations (CBN), with the preceding linear layer in it.
 
     A small batch has noisy statistics, and those of earlier batches are of an earlier kernel. A Taylor polynomial of
     first order corrects them for what has changed in the kernel since. With mean ``m_i`` and variance ``v_i`` of a
@@ -42,7 +49,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
     over the iterations ``i = 0, ..., window - 1``, or as many as there have been. That is the formula of the paper,
     which has raw moments ``E[x^2]`` in the place of variances. While the kernel does not change, as between the steps
     of accumulated gradients, it is batch normalization over all the batches together. Gradients go through the present
-    batch only: what is remembered is constant. The kernels of layers further in front are not corrected for.
+    batch only: what is remembered is constant. Changes in the kernels of earlier layers are not corrected for.
 
     At inference it is batch normalization with moving averages of the mean and the unbiased variance of single batches.
     In training all variances are biased ones; the authors' code has unbiased ones during `burn_in`.
@@ -68,10 +75,8 @@ class CrossIterationBatchNormalization(KernelNormalization):
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
-        moving_mean: Weight of shape ``(channels,)``.
-        moving_variance: Weight of shape ``(channels,)``.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
+        moving_mean, moving_variance: Weights of shape ``(channels,)``.
         iterations: Integer weight, the number of training calls so far.
 
     Call arguments:
@@ -79,8 +84,8 @@ class CrossIterationBatchNormalization(KernelNormalization):
         training: Whether to use the statistics of the batches and to remember them. A frozen layer does not.
 
     Output:
-        A tensor of the shape of the output of the layer inside, in the layer's compute dtype. Statistics are float32 at
-        least.
+        A tensor of the shape of the output of the layer inside, in the layer's compute dtype, with the mask that the
+        layer inside passes on. Statistics are float32 at least.
 
     State and cost:
         The last ``window - 1`` iterations are non-trainable weights, saved with the others, so that training goes on
@@ -116,49 +121,34 @@ class CrossIterationBatchNormalization(KernelNormalization):
         *,
         compensation: float | bool = 1.0,
         invalid: str = "clamp",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(layer, **kwargs)
-        self.window = as_integer("window", window, "a positive integer")
-        if self.window < 1:
-            raise ValueError(f"Argument `window` must be a positive integer. Received: window={window}")
-        self.burn_in = as_integer("burn_in", burn_in, "an integer that is not negative")
-        if self.burn_in < 0:
-            raise ValueError(f"Argument `burn_in` must be an integer that is not negative. Received: burn_in={burn_in}")
+        self.window = as_positive_integer("window", window)
+        self.burn_in = as_nonnegative_integer("burn_in", burn_in)
         self.momentum = as_fraction("momentum", momentum)
         self.epsilon = as_nonnegative("epsilon", epsilon)
         # True is 1.
         compensation = float(compensation) if isinstance(compensation, bool) else compensation
         self.compensation = as_nonnegative("compensation", compensation)
-        if invalid not in _INVALID:
-            raise ValueError(f"Argument `invalid` must be one of {_INVALID}. Received: invalid={invalid!r}")
-        self.invalid = invalid
-        self.moving_mean = None
-        self.moving_variance = None
-        self.iterations = None
+        self.invalid = as_choice("invalid", invalid, _INVALID)
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
+        self.iterations: Any = None
         self._history: list[keras.Variable] = []
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         kernel = self.layer.kernel
         self._groups = kernel.shape[-2] if self.is_depthwise else getattr(self.layer, "groups", 1)
-        self.moving_mean, self.moving_variance = (
-            self.add_weight(
-                shape=(self.channels,),
-                name=name,
-                initializer=initializer,
-                trainable=False,
-                autocast=False,
-                aggregation="mean",
-            )
-            for name, initializer in (("moving_mean", "zeros"), ("moving_variance", "ones"))
-        )
+        self.moving_mean = add_moving(self, "moving_mean", self.channels, "zeros")
+        self.moving_variance = add_moving(self, "moving_variance", self.channels, "ones")
         self.iterations = self.add_weight(
             shape=(), name="iterations", dtype="int32", trainable=False, aggregation="only_first_replica"
         )
         if self.window == 1:
             return
-        shapes = {"past_moments": (2, self.channels)}
+        shapes: dict[str, tuple[int, ...]] = {"past_moments": (2, self.channels)}
         if self.compensation:
             fan_in = math.prod(kernel.shape) // self.channels
             shapes["past_products"] = (2, self.channels)
@@ -182,11 +172,11 @@ class CrossIterationBatchNormalization(KernelNormalization):
     def _normalize(self, inputs, kernel, dtype, training):
         x = ops.cast(self.layer(inputs), dtype)
         if training:
-            moments = self._moments_in_training(ops.cast(inputs, dtype), x, kernel)
+            moments = Moments(*self._moments_in_training(ops.cast(inputs, dtype), x, kernel))
         else:
             mean, variance = (ops.cast(weight, dtype) for weight in (self.moving_mean, self.moving_variance))
-            moments = mean, ops.zeros_like(mean), variance
-        return kernels.normalize(x, *self._over(x, *moments, *self._affine(dtype)), self.epsilon)
+            moments = Moments.of_vectors(mean, variance)
+        return normalize(x, moments, self.axis % len(x.shape), self.epsilon, *self._affine(dtype))
 
     def _moments_in_training(self, inputs, x, kernel):
         """Pivot, distance and variance of the window, as vectors, with the state moved on by an iteration."""
@@ -197,7 +187,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         move(self.moving_variance, unbiased(variance, batch_count(x, axis)), self.momentum)
         if self.window > 1:
             kernel = ops.stop_gradient(ops.reshape(kernel, (-1, self._groups, self.channels // self._groups)))
-            centered = x - sum(self._over(x, pivot, distance))
+            centered = x - broadcast(pivot, x, axis) - broadcast(distance, x, axis)
             present = ops.stack([mean, variance])
             past_means, past_variances = self._past_moments(kernel)
             distance, variance = self._average(past_means - pivot, past_variances, distance, variance)
@@ -227,8 +217,8 @@ class CrossIterationBatchNormalization(KernelNormalization):
             inputs, centered = (ops.stop_gradient(ops.moveaxis(tensor, self.axis, -1)) for tensor in (inputs, centered))
             names = ("kernel_size", "strides", "dilation_rate", "padding")
             geometry = {name: getattr(self.layer, name) for name in names if hasattr(self.layer, name)}
-            derivatives = moment_derivatives(inputs, centered, self._groups, **geometry)
-            derivatives = [ops.expand_dims(derivative, 0) for derivative in derivatives]
+            both = moment_derivatives(inputs, centered, self._groups, **geometry)
+            derivatives = [ops.expand_dims(derivative, 0) for derivative in both]
             present += [self._products(derivatives, kernel), *derivatives]
         for weight, value in zip(self._history, present, strict=True):
             weight.assign(ops.concatenate([ops.stop_gradient(value), weight[:-1]]))
@@ -252,15 +242,12 @@ class CrossIterationBatchNormalization(KernelNormalization):
         distance = ops.sum(weights * distances, axis=0)
         return distance, ops.sum(weights * (variances + ops.square(distances - distance)), axis=0)
 
-    def _over(self, x, *vectors):
-        return [channels.broadcast(vector, x, self.axis % len(x.shape)) for vector in vectors]
-
-    def inference_linear(self):
+    def inference_linear(self) -> tuple[np.ndarray, np.ndarray, Any]:
         scale, offset = affine_at_inference(self, self.moving_mean, self.moving_variance, self.epsilon)
         kernel = ops.convert_to_numpy(self.layer.kernel).astype("float64")
         return (kernel.reshape(-1, self.channels) * scale).reshape(kernel.shape), offset, None
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "window": self.window,

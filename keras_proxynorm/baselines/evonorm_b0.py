@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
 from keras_proxynorm.baselines.batch_statistics import spread
@@ -13,6 +14,8 @@ from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.layers.base import InitializerLike
+from keras_proxynorm.layers.base import Shape
 
 __all__ = ["EvoNormB0"]
 
@@ -24,34 +27,25 @@ class EvoNormB0(MovingStatisticsLayer):
         z = gamma_c x / max(sqrt(var_c + epsilon), v_c x + sqrt(var_nc + epsilon)) + beta_c
 
     with the variance ``var_c`` of a channel over the batch, in training, or its moving average, at inference; and the
-    unbiased variance ``var_nc`` of a channel in an example, always.
+    unbiased variance ``var_nc`` of a channel in a sample, always.
 
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         momentum: Float, the share of the moving average that stays in each step. Defaults to 0.9.
         epsilon: Float, added to both variances. Defaults to 1e-5.
-        nonlinearity: If False, the layer is scale and offset alone, without normalization, which is what stands in the
-            authors' networks where no activation follows (quoted from memory). Defaults to True.
+        nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
+            the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         v: Weight of shape ``(channels,)``, or None without nonlinearity.
         moving_variance: Weight of shape ``(channels,)``, of biased variances.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-        training: Whether to use the variance of the batch and to move the average. A frozen layer does not.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
-            integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
+    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
 
     Example:
 
@@ -76,19 +70,18 @@ class EvoNormB0(MovingStatisticsLayer):
         epsilon: float = 1e-5,
         *,
         nonlinearity: bool = True,
-        v_initializer="ones",
-        **kwargs,
-    ):
+        v_initializer: InitializerLike = "ones",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
-        self.nonlinearity = bool(nonlinearity)
+        self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
-        self.v = None
+        self.v: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if self.nonlinearity:
-            channels = input_shape[self._channel_axis(input_shape)]
-            self.v = self.add_weight(shape=(channels,), name="v", initializer=self.v_initializer, autocast=False)
+            self.v = self._add_parameter("v", self._channels(input_shape))
 
     def _normalize_batch(self, x, gamma, beta):
         if self.v is None:
@@ -107,10 +100,10 @@ class EvoNormB0(MovingStatisticsLayer):
     def _normalize(self, x, variance, of_channels, gamma, beta):
         axis = self._channel_axis(x.shape)
         if self.v is not None:
-            of_example = unbiased(of_channels.variance, group_size(x, x.shape[axis], axis))
-            stddev, example_stddev = (spread(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_example))
+            of_sample = unbiased(of_channels.variance, group_size(x, x.shape[axis], axis))
+            stddev, sample_stddev = (spread(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)
-            x = x / ops.maximum(stddev, v * x + example_stddev)
+            x = x / ops.maximum(stddev, v * x + sample_stddev)
         return kernels.affine(x, broadcast(gamma, x, axis), broadcast(beta, x, axis))
 
     def get_config(self) -> dict[str, Any]:

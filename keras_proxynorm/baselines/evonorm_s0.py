@@ -1,4 +1,4 @@
-"""EvoNorm-S0: normalization and activation in one formula, of each example by itself."""
+"""EvoNorm-S0: normalization and activation in one formula, of each sample by itself."""
 
 from typing import Any
 
@@ -6,16 +6,21 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_boolean
+from keras_proxynorm.arguments import as_groups
 from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import check_divides_channels
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
 from keras_proxynorm.baselines.batch_statistics import spread
 from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import values_per_group
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["EvoNormS0"]
 
@@ -26,32 +31,23 @@ class EvoNormS0(NormalizationLayer):
 
         z = gamma_c x sigmoid(v_c x) / sqrt(var_g + epsilon) + beta_c
 
-    with the unbiased variance over a group of channels and all positions of an example. Nothing depends on the batch.
+    with the unbiased variance over a group of channels and all positions of a sample. Nothing depends on the batch.
 
     Args:
         groups: Integer that divides the number of channels, or -1 for one for each channel. Defaults to 32.
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         epsilon: Float, added to the variance. Defaults to 1e-5.
-        nonlinearity: If False, the layer is scale and offset alone, without normalization, which is what stands in the
-            authors' networks where no activation follows (quoted from memory). Defaults to True.
+        nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
+            the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         v: Weight of shape ``(channels,)``, or None without nonlinearity.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for groups that do not divide the channels and an axis
-            that is out of range when it is built; for integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. A mask is passed on, not used.
 
     Example:
 
@@ -67,6 +63,8 @@ class EvoNormS0(NormalizationLayer):
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
     """
 
+    effect_on_single_values = "their variance is 0, so that only `epsilon` divides them. Use fewer groups."
+
     def __init__(
         self,
         groups: int = 32,
@@ -74,43 +72,40 @@ class EvoNormS0(NormalizationLayer):
         epsilon: float = 1e-5,
         *,
         nonlinearity: bool = True,
-        v_initializer="ones",
-        **kwargs,
-    ):
+        v_initializer: InitializerLike = "ones",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(axis=axis, **kwargs)
-        expected = "a positive integer, or -1 for one group for each channel"
-        self.groups = as_integer("groups", groups, expected)
-        if self.groups < 1 and self.groups != -1:
-            raise ValueError(f"Argument `groups` must be {expected}. Received: groups={groups}")
+        self.groups = as_groups("groups", groups)
         self.epsilon = as_nonnegative("epsilon", epsilon)
-        self.nonlinearity = bool(nonlinearity)
+        self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
-        self.v = None
+        self.v: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if self.nonlinearity:
-            channels = input_shape[self._channel_axis(input_shape)]
-            self.v = self.add_weight(shape=(channels,), name="v", initializer=self.v_initializer, autocast=False)
+            self.v = self._add_parameter("v", self._channels(input_shape))
+
+    def _number_of_groups(self, shape):
+        return self._channels(shape) if self.groups == -1 else self.groups
 
     def _check_channels(self, input_shape, channels):
-        if self.nonlinearity and self.groups != -1 and channels % self.groups:
-            raise ValueError(
-                f"Argument `groups` must divide the number of channels, {channels}, or be -1. "
-                f"Received: groups={self.groups}, inputs.shape={tuple(input_shape)}"
-            )
+        if self.nonlinearity:
+            check_divides_channels("groups", self._number_of_groups(input_shape), channels, input_shape)
 
-    def call(self, inputs):
-        self._check_dtype(inputs)
-        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
-        x = ops.cast(inputs, dtype)
+    def values_per_statistic(self, input_shape: Shape) -> int | None:
+        return values_per_group(input_shape, self._number_of_groups(input_shape)) if self.nonlinearity else None
+
+    def call(self, inputs: Tensor) -> Tensor:
+        x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
-        gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(dtype))
+        gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
         if self.v is not None:
-            groups = x.shape[axis] if self.groups == -1 else self.groups
-            variance = merge(channel_moments(x, axis), groups, examples=1).variance
-            variance = spread(unbiased(variance, group_size(x, groups, axis)), x, axis)
-            x = x * ops.sigmoid(broadcast(ops.cast(self.v, dtype), x, axis) * x) * ops.rsqrt(variance + self.epsilon)
+            groups = self._number_of_groups(x.shape)
+            variance = merge(channel_moments(x, axis), groups, samples=1).variance
+            scale = ops.rsqrt(unbiased(variance, group_size(x, groups, axis)) + self.epsilon)
+            x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * spread(scale, x, axis)
         return ops.cast(kernels.affine(x, gamma, beta), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

@@ -1,24 +1,28 @@
-"""Chooses the weight that an example has in its own statistics at inference, for ghost batch normalization."""
+"""Chooses the weight that a sample has in its own statistics at inference, for ghost batch normalization."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.baselines.ghost_batch import GhostBatchNormalization
+from keras_proxynorm.compat import layers_inside
 
 __all__ = ["choose_inference_example_weight"]
 
 
 def choose_inference_example_weight(
     model: keras.Model,
-    x,
-    y=None,
+    x: Any,
+    y: Any = None,
     *,
     candidates: Iterable[float] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     monitor: str = "loss",
     mode: str = "min",
-    **evaluate_kwargs,
+    **evaluate_kwargs: Any,
 ) -> dict[float, float]:
     """Sets the `inference_example_weight` of a trained model to what is best on validation data.
 
@@ -54,17 +58,13 @@ def choose_inference_example_weight(
 
     - [Summers and Dinneen, 2020](https://arxiv.org/abs/1906.03548)
     """
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, GhostBatchNormalization)]
+    layers = [layer for layer in layers_inside(model) if isinstance(layer, GhostBatchNormalization)]
     if not layers:
-        raise ValueError(
-            f"Argument `model` must have GhostBatchNormalization layers in it. Received: model={model.name!r} without"
-        )
-    if mode not in ("min", "max"):
-        raise ValueError(f"Argument `mode` must be 'min' or 'max'. Received: mode={mode!r}")
+        raise argument_error("model", model, "a model with GhostBatchNormalization layers in it")
+    mode = as_choice("mode", mode, ("min", "max"))
     if isinstance(x, Iterator):
-        raise ValueError(
-            "Argument `x` must be data that can be read again for each candidate: arrays, a keras.utils.PyDataset or a "
-            f"dataset. Received: x={x!r}"
+        raise argument_error(
+            "x", x, "data that can be read again for each candidate: arrays, a keras.utils.PyDataset or a dataset"
         )
     before = [layer.inference_example_weight for layer in layers]
     values: dict[float, float] = {}
@@ -73,7 +73,7 @@ def choose_inference_example_weight(
             _set(model, layers, [candidate] * len(layers))
             results = model.evaluate(x, y, return_dict=True, **evaluate_kwargs)
             if monitor not in results:
-                raise ValueError(f"Argument `monitor` must be one of {sorted(results)}. Received: monitor={monitor!r}")
+                raise argument_error("monitor", monitor, f"one of {sorted(results)}")
             values[float(candidate)] = float(results[monitor])
         # A NaN is equal to nothing.
         numbers = {weight: value for weight, value in values.items() if value == value}
@@ -90,6 +90,6 @@ def _set(model, layers, weights):
     for layer, weight in zip(layers, weights, strict=True):
         layer.inference_example_weight = weight
     # What is traced has the old weight in it, also in models inside this one.
-    for traced in [model, *model._flatten_layers(include_self=False)]:
+    for traced in layers_inside(model):
         if isinstance(traced, keras.Model):
             traced.test_function = traced.predict_function = None

@@ -6,12 +6,16 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
+from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import values_per_group
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["FilterResponseNormalization"]
 
@@ -22,9 +26,9 @@ class FilterResponseNormalization(NormalizationLayer):
 
         y = gamma_c x / sqrt(mean_p x^2 + |learned_epsilon|) + beta_c,    z = max(y, tau_c)
 
-    with the mean over the positions of an example and channel. Nothing depends on the batch. The threshold takes the
+    with the mean over the positions of a sample and channel. Nothing depends on the batch. The threshold takes the
     place of the activation. The authors warm the learning rate up, linearly over the first epochs. On inputs without
-    positions, such as behind global pooling, only signs are left; do not use it there.
+    positions, such as those after global pooling, only signs are left; do not use it there.
 
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
@@ -36,20 +40,11 @@ class FilterResponseNormalization(NormalizationLayer):
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         tau: Weight of shape ``(channels,)``, or None without nonlinearity.
         learned_epsilon: Weight of shape ``()``, trainable unless `learn_epsilon` is False.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
-            integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. A mask is passed on, not used.
 
     Example:
 
@@ -65,6 +60,8 @@ class FilterResponseNormalization(NormalizationLayer):
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
     """
 
+    effect_on_single_values = "each is divided by its own size, so that little more than its sign is left."
+
     def __init__(
         self,
         axis: int = -1,
@@ -72,18 +69,18 @@ class FilterResponseNormalization(NormalizationLayer):
         *,
         learn_epsilon: bool = True,
         nonlinearity: bool = True,
-        tau_initializer="zeros",
-        **kwargs,
-    ):
+        tau_initializer: InitializerLike = "zeros",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(axis=axis, **kwargs)
         self.epsilon = as_nonnegative("epsilon", epsilon)
-        self.learn_epsilon = bool(learn_epsilon)
-        self.nonlinearity = bool(nonlinearity)
+        self.learn_epsilon = as_boolean("learn_epsilon", learn_epsilon)
+        self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.tau_initializer = keras.initializers.get(tau_initializer)
-        self.learned_epsilon = None
-        self.tau = None
+        self.learned_epsilon: Any = None
+        self.tau: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.learned_epsilon = self.add_weight(
             shape=(),
@@ -93,20 +90,20 @@ class FilterResponseNormalization(NormalizationLayer):
             autocast=False,
         )
         if self.nonlinearity:
-            channels = input_shape[self._channel_axis(input_shape)]
-            self.tau = self.add_weight(shape=(channels,), name="tau", initializer=self.tau_initializer, autocast=False)
+            self.tau = self._add_parameter("tau", self._channels(input_shape))
 
-    def call(self, inputs):
-        self._check_dtype(inputs)
-        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
-        x = ops.cast(inputs, dtype)
+    def values_per_statistic(self, input_shape: Shape) -> int | None:
+        return values_per_group(input_shape, self._channels(input_shape))
+
+    def call(self, inputs: Tensor) -> Tensor:
+        x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
-        gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(dtype))
+        gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
         power = position_sums(ops.square(x), axis) / group_size(x, x.shape[axis], axis)
-        factor = ops.rsqrt(power + ops.abs(ops.cast(self.learned_epsilon, dtype)))
-        outputs = kernels.affine(x, factor if gamma is None else factor * gamma, beta)
+        scale = ops.rsqrt(power + ops.abs(ops.cast(self.learned_epsilon, x.dtype)))
+        outputs = kernels.affine(x, kernels.affine(scale, gamma, None), beta)
         if self.tau is not None:
-            outputs = ops.maximum(outputs, broadcast(ops.cast(self.tau, dtype), x, axis))
+            outputs = ops.maximum(outputs, broadcast(ops.cast(self.tau, x.dtype), x, axis))
         return ops.cast(outputs, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

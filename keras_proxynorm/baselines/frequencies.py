@@ -5,14 +5,17 @@ none of several dimensions. On an accelerator they are as precise as its float32
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.moments import Tensor
+
 __all__ = ["filter_frequencies", "kernel_power"]
 
 
-def kernel_power(kernel, sizes):
+def kernel_power(kernel: Tensor, sizes: Sequence) -> Tensor:
     """Of each filter of a kernel, the power of each frequency, summed over input channels.
 
     Args:
@@ -27,7 +30,7 @@ def kernel_power(kernel, sizes):
     return ops.sum(ops.square(real) + ops.square(imaginary), axis=-2)[0]
 
 
-def filter_frequencies(x, response, axes):
+def filter_frequencies(x: Tensor, response: Tensor, axes: Sequence[int]) -> Tensor:
     """Multiplies each frequency of images with a real response, that is even: a circular convolution without phase.
 
     Args:

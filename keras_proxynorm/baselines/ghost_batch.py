@@ -6,43 +6,44 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_integer
 from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import as_positive_integer_or_none
+from keras_proxynorm.arguments import check_divides_channels
 from keras_proxynorm.baselines.batch_statistics import Moments
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
 from keras_proxynorm.baselines.batch_statistics import mix
+from keras_proxynorm.baselines.batch_statistics import normalize
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["GhostBatchNormalization", "L2TowardOne"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class GhostBatchNormalization(MovingStatisticsLayer):
-    """Batch normalization by the statistics of small parts of the batch, of groups of channels, and of the example.
+    """Batch normalization by the statistics of small parts of the batch, of groups of channels, and of the sample.
 
     The four things of the paper:
 
-    - *Ghost batches*: in training the statistics are those of `examples_per_group` consecutive examples. Shuffle.
+    - *Ghost batches*: in training the statistics are those of `examples_per_group` consecutive samples. Shuffle.
     - *Batch and group normalization in one*: with `channel_groups` they are shared by the channels of a group, too,
       for batches that are too small for statistics of a channel. ``examples_per_group=1`` is group normalization.
-    - *Example weighing at inference*: each example has a weight in its own statistics in training and none at
+    - *Example weighing at inference*: each sample has a weight in its own statistics in training and none at
       inference, where they are the moving averages. `inference_example_weight` gives it one: the raw moments
       ``E[x]`` and ``E[x^2]`` are ``(1 - weight)`` times those of the moving averages and ``weight`` times those of the
-      example. It can be set on a trained model; `choose_inference_example_weight` does, by validation data. The weight
-      that the example has in training is 1 / `examples_per_group`.
-    - *Weight decay of scale and offset*: ``beta_regularizer="l2"`` and ``gamma_regularizer=L2TowardOne(...)``.
+      sample. It can be set on a trained model; `choose_inference_example_weight` does, by validation data. The weight
+      that a sample has in training is 1 / `examples_per_group`.
+    - *Weight decay of gamma and beta*: ``beta_regularizer="l2"`` and ``gamma_regularizer=L2TowardOne(...)``.
 
     The moving average is one of raw moments over whole batches, so that the variance at inference includes the variance
     between ghost batches. It is kept as a mean and a variance, which mean what those of
     `keras.layers.BatchNormalization` mean.
 
     Args:
-        examples_per_group: Positive integer, how many consecutive examples share their statistics. If it does not
+        examples_per_group: Positive integer, how many consecutive samples share their statistics. If it does not
             divide the batch, the last group has those that are left. None for the whole batch. Defaults to 16, a
             choice of this project.
         channel_groups: Integer that divides the number of channels: the number of groups of channels that share their
@@ -50,29 +51,19 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.99.
         epsilon: Float, added to the variance. Defaults to 1e-5.
-        inference_example_weight: Float from 0 to 1, the weight of the example at inference. 1 is instance
+        inference_example_weight: Float from 0 to 1, the weight of the sample at inference. 1 is instance
             normalization, or, with `channel_groups`, group normalization. Defaults to 0.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
-        moving_mean: Weight of shape ``(channels,)``.
-        moving_variance: Weight of shape ``(channels,)``.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
+        moving_mean, moving_variance: Weights of shape ``(channels,)``.
         inference_example_weight: Can be set. It takes effect at the next call or tracing: of a model that has predicted
             already, after ``model.compile`` or `choose_inference_example_weight`.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for groups that do not divide the channels and an axis
-            that is out of range when it is built; for integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
+    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
 
     Example:
 
@@ -97,29 +88,25 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         epsilon: float = 1e-5,
         *,
         inference_example_weight: float = 0.0,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
-        self.examples_per_group = _positive_or_none("examples_per_group", examples_per_group)
-        self.channel_groups = _positive_or_none("channel_groups", channel_groups)
+        self.examples_per_group = as_positive_integer_or_none("examples_per_group", examples_per_group)
+        self.channel_groups = as_positive_integer_or_none("channel_groups", channel_groups)
         # Not by the property: on PyTorch a layer is a Module, and Modules are assigned past properties.
         self._inference_example_weight = as_fraction("inference_example_weight", inference_example_weight)
 
     @property
     def inference_example_weight(self) -> float:
-        """The weight that an example has in its own statistics at inference."""
+        """The weight that a sample has in its own statistics at inference."""
         return self._inference_example_weight
 
     @inference_example_weight.setter
-    def inference_example_weight(self, value: float):
+    def inference_example_weight(self, value: float) -> None:
         self._inference_example_weight = as_fraction("inference_example_weight", value)
 
     def _check_channels(self, input_shape, channels):
-        if self.channel_groups is not None and channels % self.channel_groups:
-            raise ValueError(
-                f"Argument `channel_groups` must divide the number of channels, {channels}. "
-                f"Received: channel_groups={self.channel_groups}, inputs.shape={tuple(input_shape)}"
-            )
+        check_divides_channels("channel_groups", self.channel_groups or 1, channels, input_shape)
 
     def _normalize_batch(self, x, gamma, beta):
         axis = self._channel_axis(x.shape)
@@ -128,17 +115,18 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         moved = mix(Moments.of_vectors(*self._moving(x.dtype)), merge(of_channels), 1.0 - self.momentum)
         self.moving_mean.assign(moved.mean[0])
         self.moving_variance.assign(moved.variance[0])
-        return self._normalize(x, merge(of_channels, self.channel_groups, self.examples_per_group), gamma, beta)
+        moments = merge(of_channels, self.channel_groups, self.examples_per_group)
+        return normalize(x, moments, axis, self.epsilon, gamma, beta)
 
     def _normalize_moving(self, x, gamma, beta):
         moments = merge(Moments.of_vectors(*self._moving(x.dtype)), self.channel_groups)
-        weight = self.inference_example_weight
+        axis, weight = self._channel_axis(x.shape), self.inference_example_weight
         if weight:
-            of_example = merge(channel_moments(x, self._channel_axis(x.shape)), self.channel_groups, examples=1)
-            moments = of_example if weight == 1 else mix(moments, of_example, weight)
-        return self._normalize(x, moments, gamma, beta)
+            of_sample = merge(channel_moments(x, axis), self.channel_groups, samples=1)
+            moments = of_sample if weight == 1 else mix(moments, of_sample, weight)
+        return normalize(x, moments, axis, self.epsilon, gamma, beta)
 
-    def inference_affine(self):
+    def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self.inference_example_weight:
             return None
         mean, variance = (
@@ -147,13 +135,8 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         groups = self.channel_groups or len(mean)
         mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
         of_groups = mean.mean(axis=1), variance.mean(axis=1) + mean.var(axis=1)
-        moments = (np.repeat(vector, mean.shape[1]) for vector in of_groups)
-        return affine_at_inference(self, *moments, self.epsilon)
-
-    def _normalize(self, x, moments, gamma, beta):
-        axis = self._channel_axis(x.shape)
-        gamma, beta = broadcast(gamma, x, axis), broadcast(beta, x, axis)
-        return kernels.normalize(x, *moments.over(x, axis), gamma, beta, self.epsilon)
+        mean, variance = (np.repeat(vector, mean.shape[1]) for vector in of_groups)
+        return affine_at_inference(self, mean, variance, self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -166,9 +149,9 @@ class GhostBatchNormalization(MovingStatisticsLayer):
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class L2TowardOne(keras.regularizers.Regularizer):
-    """The penalty ``l2 * sum((x - 1) ** 2)``, for scales, whose neutral value is 1.
+    """The penalty ``l2 * sum((x - 1) ** 2)``, for `gamma`, whose neutral value is 1.
 
-    As in `keras.regularizers.L2` there is no factor 1/2: a weight decay of `wd` is ``l2 = wd / 2``. That scales decay
+    As in `keras.regularizers.L2` there is no factor 1/2: a weight decay of `wd` is ``l2 = wd / 2``. That gamma decays
     toward one is read in the code of the paper's authors, which leaves the coefficient at 0.
 
     Args:
@@ -189,21 +172,11 @@ class L2TowardOne(keras.regularizers.Regularizer):
     - [Summers and Dinneen, 2020](https://arxiv.org/abs/1906.03548)
     """
 
-    def __init__(self, l2: float = 0.01):
+    def __init__(self, l2: float = 0.01) -> None:
         self.l2 = as_nonnegative("l2", l2)
 
-    def __call__(self, x):
-        return self.l2 * keras.ops.sum(keras.ops.square(x - 1.0))
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.l2 * ops.sum(ops.square(x - 1.0))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"l2": self.l2}
-
-
-def _positive_or_none(name, value):
-    expected = "a positive integer or None"
-    if value is None:
-        return None
-    value = as_integer(name, value, expected)
-    if value < 1:
-        raise ValueError(f"Argument `{name}` must be {expected}. Received: {name}={value}")
-    return value

@@ -1,4 +1,4 @@
-"""Instance enhancement batch normalization: batch norm whose scale each example sets for itself."""
+"""Instance enhancement batch normalization: batch norm whose gamma each sample gates for itself."""
 
 from typing import Any
 
@@ -10,26 +10,26 @@ from keras_proxynorm.baselines.batch_statistics import Moments
 from keras_proxynorm.baselines.batch_statistics import batch_count
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import spread
+from keras_proxynorm.baselines.batch_statistics import normalize
 from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import InitializerLike
+from keras_proxynorm.layers.base import Shape
 
 __all__ = ["InstanceEnhancementBatchNormalization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
-    """Batch normalization whose scale is gated by the mean of the example's own channel (IEBN).
+    """Batch normalization whose `gamma` is gated by the mean of the sample's own channel (IEBN).
 
-    With the batch-normalized input ``y`` and the mean ``m`` over the positions of an example ``n`` and channel ``c``,
+    With the batch-normalized input ``y`` and the mean ``m`` over the positions of a sample ``n`` and channel ``c``,
 
         z = gamma_c sigmoid(gate_gamma_c m_nc + gate_beta_c) y + beta_c
 
-    The gate reads the input itself, before normalization, in training and at inference, so that the layer can't be
-    folded into the convolution in front. At the start each gate is ``sigmoid(-1) = .269``, which is as in the authors'
-    code and not neutral: do not start with a `gamma` of 0 on top.
+    The gate reads the input itself, before normalization, in training and at inference, so that no preceding
+    convolution can absorb the layer. At the start each gate is ``sigmoid(-1) = .269``, as in the authors' code, which
+    is not neutral: do not start with a `gamma` of 0 on top.
 
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
@@ -41,23 +41,14 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         gate_gamma: Weight of shape ``(channels,)``.
         gate_beta: Weight of shape ``(channels,)``.
         moving_mean: Weight of shape ``(channels,)``.
         moving_variance: Weight of shape ``(channels,)``, of unbiased variances, as in the authors' code.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-        training: Whether to use the statistics of the batch and to move the averages. A frozen layer does not.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics and gates are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
-            integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
+    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
 
     Example:
 
@@ -80,24 +71,18 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
         *,
         gate_gamma_initializer: InitializerLike = "zeros",
         gate_beta_initializer: InitializerLike | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
         self.gate_gamma_initializer = keras.initializers.get(gate_gamma_initializer)
         self.gate_beta_initializer = keras.initializers.get(gate_beta_initializer or keras.initializers.Constant(-1.0))
-        self.gate_gamma = None
-        self.gate_beta = None
+        self.gate_gamma: Any = None
+        self.gate_beta: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
-        channels = input_shape[self._channel_axis(input_shape)]
-        self.gate_gamma, self.gate_beta = (
-            self.add_weight(shape=(channels,), name=name, initializer=initializer, autocast=False)
-            for name, initializer in (
-                ("gate_gamma", self.gate_gamma_initializer),
-                ("gate_beta", self.gate_beta_initializer),
-            )
-        )
+        channels = self._channels(input_shape)
+        self.gate_gamma, self.gate_beta = (self._add_parameter(name, channels) for name in ("gate_gamma", "gate_beta"))
 
     def _normalize_batch(self, x, gamma, beta):
         axis = self._channel_axis(x.shape)
@@ -111,14 +96,9 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
         return self._normalize(x, moments, channel_moments(x, self._channel_axis(x.shape)).mean, gamma, beta)
 
     def _normalize(self, x, moments, means, gamma, beta):
-        axis = self._channel_axis(x.shape)
         gate_gamma, gate_beta = (ops.cast(weight, x.dtype) for weight in (self.gate_gamma, self.gate_beta))
-        scale = ops.sigmoid(gate_gamma * means + gate_beta)
-        if gamma is not None:
-            scale = scale * gamma
-        return kernels.normalize(
-            x, *moments.over(x, axis), spread(scale, x, axis), broadcast(beta, x, axis), self.epsilon
-        )
+        gated = kernels.affine(ops.sigmoid(gate_gamma * means + gate_beta), gamma, None)
+        return normalize(x, moments, self._channel_axis(x.shape), self.epsilon, gated, beta)
 
     def get_config(self) -> dict[str, Any]:
         return {

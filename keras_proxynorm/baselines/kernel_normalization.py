@@ -1,4 +1,4 @@
-"""What the methods share that own the linear layer in front of them, because they read or change its kernel."""
+"""What the methods share that contain the preceding linear layer, because they read or change its kernel."""
 
 from typing import Any
 
@@ -6,13 +6,19 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.layers.activations import WithActivation
+from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import NormalizationLayer
+from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.moments import Tensor
 from keras_proxynorm.moments import computation_dtype
 
-__all__ = ["KernelNormalization"]
+__all__ = ["ActivatedKernelNormalization", "KernelNormalization", "square_root"]
 
-_KINDS = ("Dense", "Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D")
 _DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
+_KINDS = ("Dense", "Conv1D", "Conv2D", "Conv3D", *_DEPTHWISE)
 
 
 def _classes(names):
@@ -27,31 +33,33 @@ class KernelNormalization(NormalizationLayer):
 
     kinds: tuple[str, ...] = _KINDS
 
-    def __init__(self, layer: keras.layers.Layer, **kwargs):
-        unfit = self.why_unfit(layer)
-        if unfit is not None:
-            raise ValueError(
-                f"Argument `layer` must be a layer of the kind {', '.join(self.kinds)}. Received: layer={layer!r}, "
-                f"{unfit}"
-            )
+    def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
+        reason = self.unsupported_because(layer)
+        if reason is not None:
+            raise argument_error("layer", layer, f"a layer of the kind {', '.join(self.kinds)}", reason)
         if layer.use_bias or layer.activation is not keras.activations.linear:
-            raise ValueError(
-                "Argument `layer` must be a layer with use_bias=False and without activation: the offset is `beta`, of "
-                f"{type(self).__name__}, and the activation comes behind it. Received: layer={layer!r} with "
-                f"use_bias={layer.use_bias}, activation={layer.activation!r}"
+            raise argument_error(
+                "layer",
+                layer,
+                f"a layer with use_bias=False and without activation: {type(self).__name__} has a `beta`, and the "
+                "activation comes after it",
+                f"use_bias={layer.use_bias}, activation={layer.activation!r}",
             )
         if layer.activity_regularizer is not None:
-            raise ValueError(
-                "Argument `layer` must be a layer without activity_regularizer; give it to "
-                f"{type(self).__name__}. Received: layer={layer!r} with "
-                f"activity_regularizer={layer.activity_regularizer!r}"
+            raise argument_error(
+                "layer",
+                layer,
+                f"a layer without activity_regularizer; give it to {type(self).__name__}",
+                f"activity_regularizer={layer.activity_regularizer!r}",
             )
         axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
         super().__init__(axis=axis, **kwargs)
+        # A convolution has other positions in its outputs than in its inputs, and drops masks.
+        self.supports_masking = layer.supports_masking
         self.layer = layer
 
     @classmethod
-    def why_unfit(cls, layer: keras.layers.Layer) -> str | None:
+    def unsupported_because(cls, layer: Any) -> str | None:
         """Why a layer, were it without bias and activation, cannot be contained; None if it can."""
         if type(layer) not in _classes(cls.kinds):
             return f"which is a {type(layer).__name__}"
@@ -63,7 +71,7 @@ class KernelNormalization(NormalizationLayer):
     def is_depthwise(self) -> bool:
         return isinstance(self.layer, _classes(_DEPTHWISE))
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         if not self.layer.built:
             self.layer.build(input_shape)
             self.layer.built = True
@@ -72,16 +80,19 @@ class KernelNormalization(NormalizationLayer):
         self._add_affine(self.channels)
         self.built = True
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         self._check_dtype(inputs)
-        unfit = self.why_unfit(self.layer)  # Keras quantizes what is inside of layers, too.
-        if unfit is not None:
-            raise ValueError(f"{type(self).__name__} cannot work with {self.layer.name!r}, {unfit}.")
+        reason = self.unsupported_because(self.layer)  # Keras quantizes what is inside of layers, too.
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__} cannot work with {self.layer.name!r}, {reason}.")
         # The kernel itself, which is not cast in here, since `autocast` is False.
         kernel = ops.convert_to_tensor(self.layer.kernel)
         dtype = computation_dtype(kernel.dtype, self.variable_dtype)
         outputs = self._normalize(inputs, ops.cast(kernel, dtype), dtype, bool(training) and self.trainable)
         return ops.cast(outputs, self.compute_dtype)
+
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> Tensor | None:
+        return self.layer.compute_mask(inputs, previous_mask)
 
     def _normalize(self, inputs, kernel, dtype, training):
         """The whole layer as a function of tensors.
@@ -96,9 +107,7 @@ class KernelNormalization(NormalizationLayer):
 
     def _linear(self, inputs, kernel, dtype):
         """What the layer inside makes of the inputs with another kernel, computed in its own dtype, cast to `dtype`."""
-        values = {id(variable): variable.value for variable in self.layer.variables}
-        values[id(self.layer._kernel if hasattr(self.layer, "_kernel") else self.layer.kernel)] = kernel
-        mapping = [(variable, values[id(variable)]) for variable in self.layer.variables]
+        mapping = [(v, kernel if v is self.layer.kernel else v.value) for v in self.layer.variables]
         with keras.StatelessScope(state_mapping=mapping):
             return ops.cast(self.layer(inputs), dtype)
 
@@ -115,7 +124,7 @@ class KernelNormalization(NormalizationLayer):
         """
         return None
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return self.layer.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -125,6 +134,41 @@ class KernelNormalization(NormalizationLayer):
         return config
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> "KernelNormalization":
         layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
+
+
+class ActivatedKernelNormalization(WithActivation, KernelNormalization):
+    """A linear layer with filters that are normalized, `gamma` and `beta`, and an activation.
+
+    Not meant to be used directly; see `WeightNormalization` and `WeightStandardization`.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        kernel_epsilon: float = 1e-5,
+        *,
+        activation: ActivationLike = "relu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(layer, **kwargs)
+        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
+        self._set_activation(activation)
+
+    def _standard_moments(self, dtype):
+        """Mean and variance of the activation of a standard normal."""
+        return self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "kernel_epsilon": self.kernel_epsilon,
+            "activation": keras.activations.serialize(self.activation),
+        }
+
+
+def square_root(x: Tensor) -> Tensor:
+    """The square root, with a gradient of 0 at 0, where that of `keras.ops.sqrt` is infinite."""
+    return ops.where(x > 0, ops.sqrt(ops.where(x > 0, x, ops.ones_like(x))), 0.0)

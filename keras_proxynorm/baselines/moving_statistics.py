@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_proxynorm.arguments import as_fraction
 from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.moments import Tensor
 
-__all__ = ["MovingStatisticsLayer", "affine_at_inference", "move"]
+__all__ = ["MovingStatisticsLayer", "add_moving", "affine_at_inference", "move"]
 
 
 class MovingStatisticsLayer(NormalizationLayer):
@@ -22,35 +24,28 @@ class MovingStatisticsLayer(NormalizationLayer):
 
     moves_mean = True
 
-    def __init__(self, momentum: float, epsilon: float, **kwargs):
+    def __init__(self, momentum: float, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.momentum = as_fraction("momentum", momentum)
         self.epsilon = as_nonnegative("epsilon", epsilon)
-        self.moving_mean = None
-        self.moving_variance = None
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         size = self._statistics_size(input_shape)
         if self.moves_mean:
-            self.moving_mean = self._add_moving("moving_mean", size, "zeros")
-        self.moving_variance = self._add_moving("moving_variance", size, "ones")
+            self.moving_mean = add_moving(self, "moving_mean", size, "zeros")
+        self.moving_variance = add_moving(self, "moving_variance", size, "ones")
 
     def _statistics_size(self, input_shape) -> int:
         """How many means and variances there are; here one for each channel."""
-        return input_shape[self._channel_axis(input_shape)]
+        return self._channels(input_shape)
 
-    def _add_moving(self, name, size, initializer):
-        # Each replica has its own batch; the average belongs to all of them.
-        return self.add_weight(
-            shape=(size,), name=name, initializer=initializer, trainable=False, autocast=False, aggregation="mean"
-        )
-
-    def call(self, inputs, training=None):
-        self._check_dtype(inputs)
-        dtype = computation_dtype(inputs.dtype, self.variable_dtype)
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        x = self._for_statistics(inputs)
         normalize = self._normalize_batch if training and self.trainable else self._normalize_moving
-        return ops.cast(normalize(ops.cast(inputs, dtype), *self._affine(dtype)), self.compute_dtype)
+        return ops.cast(normalize(x, *self._affine(x.dtype)), self.compute_dtype)
 
     def _normalize_batch(self, x, gamma, beta):
         """The layer in training; it updates the moving averages.
@@ -67,7 +62,7 @@ class MovingStatisticsLayer(NormalizationLayer):
         raise NotImplementedError
 
     def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """What the layer does at inference, if that is a scale and an offset of each channel.
+        """What the layer does at inference, if that is an affine of each channel.
 
         Returns:
             ``(scale, offset)``, NumPy vectors of shape ``(channels,)``, float64; None if it looks at its inputs.
@@ -89,17 +84,27 @@ class MovingStatisticsLayer(NormalizationLayer):
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
 
 
-def move(weight, value, momentum: float):
+def add_moving(layer: keras.layers.Layer, name: str, size: int, initializer: str) -> keras.Variable:
+    """Adds a weight for moving averages to a layer."""
+    # Each replica has its own batch; the average belongs to all of them.
+    return layer.add_weight(
+        shape=(size,), name=name, initializer=initializer, trainable=False, autocast=False, aggregation="mean"
+    )
+
+
+def move(weight: keras.Variable, value: Tensor, momentum: float) -> None:
     """Moves a moving average towards the value of a batch."""
     # float32 also where variables are half precision: small steps would be rounded away.
     old = ops.cast(weight, value.dtype)
     weight.assign(old + (1.0 - momentum) * (value - old))
 
 
-def affine_at_inference(layer: NormalizationLayer, mean, variance, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+def affine_at_inference(
+    layer: NormalizationLayer, mean: Tensor | None, variance: Tensor, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale and offset of a normalization by a mean and a variance of each channel, in float64."""
     gamma, beta, mean, variance = (
-        default if weight is None else ops.convert_to_numpy(weight).astype("float64")
+        np.float64(default) if weight is None else ops.convert_to_numpy(weight).astype("float64")
         for weight, default in ((layer.gamma, 1.0), (layer.beta, 0.0), (mean, 0.0), (variance, 1.0))
     )
     scale = gamma / np.sqrt(variance + epsilon)

@@ -6,19 +6,20 @@ import math
 from keras import ops
 
 from keras_proxynorm.kernels.reductions import position_sums
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["moment_derivatives"]
 
 
 def moment_derivatives(
-    inputs,
-    centered,
+    inputs: Tensor,
+    centered: Tensor,
     groups: int = 1,
     kernel_size: tuple[int, ...] = (),
     strides: tuple[int, ...] = (),
     dilation_rate: tuple[int, ...] = (),
     padding: str = "valid",
-):
+) -> tuple[Tensor, Tensor]:
     """Derivatives of mean and variance, over samples and positions, of the output of a linear layer by its kernel.
 
     The output is ``sum(kernel * patch)`` over the taps of the kernel and the input channels of a group. The derivative

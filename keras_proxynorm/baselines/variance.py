@@ -1,6 +1,9 @@
 """Variance normalization: batch normalization that does not subtract the mean."""
 
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
@@ -27,20 +30,11 @@ class VarianceNormalization(MovingStatisticsLayer):
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         moving_variance: Weight of shape ``(channels,)``.
 
-    Call arguments:
-        inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
-        training: Whether to use the variance of the batch and to move the average. A frozen layer does not.
-
-    Output:
-        A tensor of the shape of the inputs in the layer's compute dtype. Statistics are float32 at least.
-
-    Raises:
-        ValueError: For bad arguments when the layer is made; for an axis that is out of range when it is built; for
-            integer inputs when it is called.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
+    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
 
     Example:
 
@@ -57,7 +51,7 @@ class VarianceNormalization(MovingStatisticsLayer):
 
     moves_mean = False
 
-    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs):
+    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
 
     def _normalize_batch(self, x, gamma, beta):
@@ -68,12 +62,10 @@ class VarianceNormalization(MovingStatisticsLayer):
     def _normalize_moving(self, x, gamma, beta):
         return self._normalize(x, self._moving(x.dtype)[1], gamma, beta)
 
-    def inference_affine(self):
+    def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
         return affine_at_inference(self, None, self.moving_variance, self.epsilon)
 
     def _normalize(self, x, variance, gamma, beta):
         axis = self._channel_axis(x.shape)
-        factor = ops.rsqrt(variance + self.epsilon)
-        if gamma is not None:
-            factor = factor * gamma
-        return kernels.affine(x, broadcast(factor, x, axis), broadcast(beta, x, axis))
+        scale = kernels.affine(ops.rsqrt(variance + self.epsilon), gamma, None)
+        return kernels.affine(x, broadcast(scale, x, axis), broadcast(beta, x, axis))

@@ -4,18 +4,16 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
+from keras_proxynorm.baselines.kernel_normalization import square_root
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.moments import resolve_activation
 
 __all__ = ["WeightNormalization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
-class WeightNormalization(KernelNormalization):
-    """Weight normalization: a linear layer whose filters have unit length, with scale, offset and activation.
+class WeightNormalization(ActivatedKernelNormalization):
+    """Weight normalization: a linear layer whose filters have unit length, with `gamma`, `beta` and activation.
 
     For each filter ``c``,
 
@@ -28,8 +26,8 @@ class WeightNormalization(KernelNormalization):
         layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
             `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
         kernel_epsilon: Float, added to the length of a filter. Defaults to 1e-5.
-        activation: The activation behind the layer: a name, an elementwise callable of one tensor, a parameter-free
-            Keras activation layer, or None, where nothing is standardized. Defaults to ``"relu"``.
+        activation: The activation after the layer, as in `keras_proxynorm.GroupNormProxy`; with None nothing is
+            standardized. Defaults to ``"relu"``.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
@@ -61,36 +59,14 @@ class WeightNormalization(KernelNormalization):
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
     """
 
-    def __init__(
-        self,
-        layer: keras.layers.Layer,
-        kernel_epsilon: float = 1e-5,
-        *,
-        activation: ActivationLike = "relu",
-        **kwargs,
-    ):
-        super().__init__(layer, **kwargs)
-        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
-        self._elementwise = resolve_activation(activation)
-        self.activation = keras.activations.get(activation)
-
     def _normalize(self, inputs, kernel, dtype, training):
         gamma, beta = self._affine(dtype)
         filters = self._by_filter(kernel)
-        squares = ops.sum(ops.square(filters), axis=0)
-        # The gradient of a square root at 0 is infinite.
-        norms = ops.where(squares > 0, ops.sqrt(ops.where(squares > 0, squares, ops.ones_like(squares))), 0.0)
-        filters = kernels.affine(filters / (norms + self.kernel_epsilon), gamma, None)
+        lengths = square_root(ops.sum(ops.square(filters), axis=0))
+        filters = kernels.affine(filters / (lengths + self.kernel_epsilon), gamma, None)
         outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
         outputs = kernels.affine(outputs, None, channels.broadcast(beta, outputs, self.axis % len(outputs.shape)))
         if self._elementwise.is_identity:
             return outputs
-        mean, variance = self._elementwise.moments(ops.zeros((), dtype), ops.ones((), dtype))
+        mean, variance = self._standard_moments(dtype)
         return (self._elementwise.function(outputs) - mean) * ops.rsqrt(variance)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_epsilon": self.kernel_epsilon,
-            "activation": keras.activations.serialize(self.activation),
-        }

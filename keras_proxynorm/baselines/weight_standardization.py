@@ -1,22 +1,22 @@
 """Weight standardization: filters of zero mean and unit variance in the place of normalized activations."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
+from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
+from keras_proxynorm.baselines.kernel_normalization import square_root
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.moments import resolve_activation
 
 __all__ = ["WeightStandardization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
-class WeightStandardization(KernelNormalization):
-    """Scaled weight standardization: a linear layer whose filters are standardized, with scale, offset and activation.
+class WeightStandardization(ActivatedKernelNormalization):
+    """Scaled weight standardization: a linear layer whose filters are standardized, with gamma, beta, activation.
 
     For each filter ``c`` with ``fan_in`` weights, of mean ``m_c`` and standard deviation ``s_c``,
 
@@ -30,8 +30,8 @@ class WeightStandardization(KernelNormalization):
         layer: The linear layer, without bias and activation: a `Dense`, `Conv1D`, `Conv2D`, `Conv3D`,
             `DepthwiseConv1D` or `DepthwiseConv2D` of `keras.layers`.
         kernel_epsilon: Float, added to the standard deviation of a filter. Defaults to 1e-5.
-        activation: The activation behind the layer: a name, an elementwise callable of one tensor, a parameter-free
-            Keras activation layer, or None, for which the gain is 1. Defaults to ``"relu"``.
+        activation: The activation after the layer, as in `keras_proxynorm.GroupNormProxy`; with None the gain is 1.
+            Defaults to ``"relu"``.
         **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
             `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
 
@@ -63,19 +63,6 @@ class WeightStandardization(KernelNormalization):
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
     """
 
-    def __init__(
-        self,
-        layer: keras.layers.Layer,
-        kernel_epsilon: float = 1e-5,
-        *,
-        activation: ActivationLike = "relu",
-        **kwargs,
-    ):
-        super().__init__(layer, **kwargs)
-        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
-        self._elementwise = resolve_activation(activation)
-        self.activation = keras.activations.get(activation)
-
     def _normalize(self, inputs, kernel, dtype, training):
         _, beta = self._affine(dtype)
         outputs = self._linear(inputs, self._standardized(kernel), dtype)
@@ -87,22 +74,12 @@ class WeightStandardization(KernelNormalization):
         filters = self._by_filter(kernel)
         fan_in = filters.shape[0]
         filters = filters - ops.sum(filters, axis=0) / fan_in
-        variance = ops.sum(ops.square(filters), axis=0) / fan_in
-        # The gradient of a square root at 0 is infinite.
-        stddev = ops.where(variance > 0, ops.sqrt(ops.where(variance > 0, variance, ops.ones_like(variance))), 0.0)
-        zero, one = ops.zeros((), kernel.dtype), ops.ones((), kernel.dtype)
-        _, activated_variance = self._elementwise.moments(zero, one)
+        stddev = square_root(ops.sum(ops.square(filters), axis=0) / fan_in)
+        _, activated_variance = self._standard_moments(kernel.dtype)
         filters = filters * ops.rsqrt(activated_variance) / ((stddev + self.kernel_epsilon) * fan_in**0.5)
         return ops.reshape(kernels.affine(filters, gamma, None), kernel.shape)
 
-    def inference_linear(self):
+    def inference_linear(self) -> tuple[np.ndarray, np.ndarray, Any]:
         kernel = ops.convert_to_numpy(self._standardized(ops.cast(self.layer.kernel, "float64")))
         beta = np.zeros(self.channels) if self.beta is None else ops.convert_to_numpy(self.beta)
         return kernel, beta.astype("float64"), self.activation
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_epsilon": self.kernel_epsilon,
-            "activation": keras.activations.serialize(self.activation),
-        }

@@ -5,7 +5,6 @@ from keras_proxynorm.kernels.proxy_norm import affine_and_activate
 from keras_proxynorm.kernels.proxy_norm import group_normalize_and_activate
 from keras_proxynorm.kernels.proxy_norm import normalize
 from keras_proxynorm.kernels.proxy_norm import proxy_moments
-from keras_proxynorm.kernels.proxy_norm import proxy_normalize
 from keras_proxynorm.kernels.reductions import reduction
 from keras_proxynorm.kernels.reductions import set_reduction
 from keras_proxynorm.kernels.statistics import group_moments
@@ -17,7 +16,6 @@ __all__ = [
     "group_normalize_and_activate",
     "normalize",
     "proxy_moments",
-    "proxy_normalize",
     "reduction",
     "set_reduction",
 ]

@@ -2,17 +2,19 @@
 
 from keras import ops
 
+from keras_proxynorm.moments import Tensor
+
 __all__ = ["broadcast", "by_channels", "by_groups", "repeat"]
 
 
-def broadcast(vector, like, axis: int):
+def broadcast(vector: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
     """A vector of the channels, shaped to broadcast against `like`; None stays None."""
     if vector is None:
         return None
     return ops.reshape(vector, [-1 if i == axis else 1 for i in range(len(like.shape))])
 
 
-def by_groups(values, groups: int, axis: int):
+def by_groups(values: Tensor | None, groups: int, axis: int) -> Tensor | None:
     """Values of the channels, in the shape ``(batch, groups, channels of a group)``; None stays None.
 
     Args:
@@ -26,12 +28,12 @@ def by_groups(values, groups: int, axis: int):
     return ops.reshape(values, (-1, groups, channels // groups))
 
 
-def by_channels(values, like, axis: int):
+def by_channels(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """The inverse of `by_groups`: of the rank of `like`, with its batch and channel sizes and size 1 elsewhere."""
     batch = -1 if like.shape[0] is None else like.shape[0]
     return ops.reshape(values, (batch, *(n if i == axis else 1 for i, n in enumerate(like.shape[1:], 1))))
 
 
-def repeat(values, like, axis: int):
+def repeat(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """Values of groups, of shape ``(batch, groups, 1)``, for each of the channels of `like`, as in `by_channels`."""
     return by_channels(ops.tile(values, (1, 1, like.shape[axis] // values.shape[1])), like, axis)

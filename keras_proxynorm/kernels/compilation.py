@@ -4,11 +4,12 @@ import keras
 
 from keras_proxynorm.compat import is_compiled_by_xla
 from keras_proxynorm.compat import xla_optimization_barrier
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["barrier"]
 
 
-def barrier(x):
+def barrier(x: Tensor) -> Tensor:
     """`x`, whose computation XLA does not merge with those after it; elsewhere just `x`."""
     if keras.backend.backend() == "jax":
         import jax

@@ -9,6 +9,7 @@ from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.moments import ElementwiseActivation
+from keras_proxynorm.moments import Tensor
 
 __all__ = [
     "affine",
@@ -16,23 +17,22 @@ __all__ = [
     "group_normalize_and_activate",
     "normalize",
     "proxy_moments",
-    "proxy_normalize",
 ]
 
 
 def group_normalize_and_activate(
-    x,
-    gamma,
-    beta,
-    proxy_moments,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    proxy_moments: tuple[Tensor, Tensor] | None,
     *,
     activation: ElementwiseActivation,
     groups: int,
     axis: int,
     epsilon: float,
     proxy_epsilon: float,
-    mask=None,
-):
+    mask: Tensor | None = None,
+) -> Tensor:
     """Group normalization, affine, activation and proxy normalization.
 
     On TensorFlow the gradient is written by hand, for standard activations and without a mask. Elsewhere automatic
@@ -81,8 +81,15 @@ def group_normalize_and_activate(
 
 
 def affine_and_activate(
-    x, gamma, beta, proxy_moments, *, activation: ElementwiseActivation, axis: int, proxy_epsilon: float
-):
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    proxy_moments: tuple[Tensor, Tensor] | None,
+    *,
+    activation: ElementwiseActivation,
+    axis: int,
+    proxy_epsilon: float,
+) -> Tensor:
     """Affine, activation and proxy normalization, of an input that is normalized.
 
     Takes the arguments of `group_normalize_and_activate` that it has, and returns a tensor of the shape and dtype of
@@ -92,17 +99,25 @@ def affine_and_activate(
     if proxy_moments is None:
         return activation.function(x)
     mean, variance = (channels.broadcast(moment, x, axis) for moment in proxy_moments)
-    return proxy_normalize(x, activation, mean, variance, proxy_epsilon)
+    return (activation.function(x) - mean) * ops.rsqrt(variance + proxy_epsilon)
 
 
-def affine(x, gamma, beta):
+def affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """``gamma x + beta``, of tensors that broadcast against `x`, or None for 1 and 0."""
     if gamma is not None:
         x = x * gamma
     return x if beta is None else x + beta
 
 
-def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):
+def normalize(
+    x: Tensor,
+    pivot: Tensor,
+    distance: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    epsilon: float,
+) -> Tensor:
     """``gamma (x - mean) / sqrt(variance + epsilon) + beta``, where the mean is ``pivot + distance``.
 
     Args:
@@ -117,15 +132,19 @@ def normalize(x, pivot, distance, variance, gamma, beta, epsilon: float):
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    factor = ops.rsqrt(variance + epsilon)
-    if gamma is not None:
-        factor = factor * gamma
-    # Not x * factor - mean * factor: the gradient of the factor then sums centered values.
-    y = ((x - pivot) - distance) * factor
-    return y if beta is None else y + beta
+    scale = affine(ops.rsqrt(variance + epsilon), gamma, None)
+    # Not x * scale - mean * scale: the gradient of the scale then sums centered values.
+    return affine((x - pivot) - distance, scale, beta)
 
 
-def proxy_moments(activation: ElementwiseActivation, gamma, beta, proxy, method: str, num_quantiles: int):
+def proxy_moments(
+    activation: ElementwiseActivation,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    proxy: Tensor,
+    method: str,
+    num_quantiles: int,
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``activation(gamma Y + beta)`` for the proxy ``Y ~ N(proxy[0], (1 + proxy[1]) ** 2)``.
 
     Args:
@@ -146,19 +165,3 @@ def proxy_moments(activation: ElementwiseActivation, gamma, beta, proxy, method:
     if beta is not None:
         mean = mean + beta
     return activation.moments(mean, ops.abs(stddev), method, num_quantiles)
-
-
-def proxy_normalize(h, activation: ElementwiseActivation, mean, variance, epsilon: float):
-    """``(activation(h) - mean) / sqrt(variance + epsilon)``, the activation step of Proxy Normalization.
-
-    Args:
-        h: Float tensor, the normalized input after the affine.
-        activation: The activation.
-        mean: The proxy's mean after the activation, a tensor that broadcasts against `h`.
-        variance: Its variance.
-        epsilon: Float, added to the variance.
-
-    Returns:
-        A tensor of the shape and dtype of `h`.
-    """
-    return (activation.function(h) - mean) * ops.rsqrt(variance + epsilon)

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.compat import is_compiled_by_xla
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["position_sums", "reduction", "reduction_method", "set_reduction"]
 
@@ -78,7 +79,7 @@ def set_reduction(method: str) -> None:
     _of_process = as_choice("method", method, _METHODS)
 
 
-def position_sums(x, axis: int):
+def position_sums(x: Tensor, axis: int) -> Tensor:
     """Sums over all axes but the batch and `axis`.
 
     Args:
@@ -118,7 +119,8 @@ def position_sums(x, axis: int):
 
 def _chunks(axes, shape, longest=_LONGEST_SUM):
     """Axes to sum over together, the last ones first: long sums lose digits, and many short ones take time."""
-    chunks, length = [], math.inf
+    chunks: list[tuple[int, ...]] = []
+    length = math.inf
     for axis in reversed(axes):
         size = math.inf if shape[axis] is None else shape[axis]
         if length * size <= longest:
@@ -129,7 +131,7 @@ def _chunks(axes, shape, longest=_LONGEST_SUM):
     return chunks
 
 
-def reduction_method(x) -> str:
+def reduction_method(x: Tensor) -> str:
     """How sums over `x` are computed: by the innermost context, by the setting of the process, or by the device."""
     method = (_of_process, *_of_blocks.get())[-1]
     if method != "auto":

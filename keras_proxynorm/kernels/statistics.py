@@ -12,11 +12,12 @@ from keras import ops
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.kernels.reductions import position_sums
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["expand_mask", "group_moments", "group_pivot", "group_size", "moments_about_pivot"]
 
 
-def group_moments(x, groups: int, axis: int, mask=None):
+def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance over the positions and the channels of each group, for each sample.
 
     Args:
@@ -51,7 +52,7 @@ def group_moments(x, groups: int, axis: int, mask=None):
     return pivot, distance, sums(ops.square(deviations)) / counts
 
 
-def group_pivot(x, groups: int, axis: int):
+def group_pivot(x: Tensor, groups: int, axis: int) -> Tensor:
     """A constant close to the mean of each group: the median of the elements at 1/4, 1/2 and 3/4 of each axis.
 
     Not at the corners, which are padding more often than other pixels. Not one element, which may be far out: the
@@ -76,7 +77,7 @@ def group_pivot(x, groups: int, axis: int):
     return ops.stop_gradient(channels.repeat(pivot, x, axis))
 
 
-def moments_about_pivot(centered, groups: int, axis: int):
+def moments_about_pivot(centered: Tensor, groups: int, axis: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each group, of shape ``(batch, groups, 1)``, in one pass: for a mean close to 0 only."""
     count = group_size(centered, groups, axis)
     # Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
@@ -84,7 +85,7 @@ def moments_about_pivot(centered, groups: int, axis: int):
     return distance, ops.relu(_group_sums(ops.square(centered), groups, axis) / count - ops.square(distance))
 
 
-def group_size(x, groups: int, axis: int):
+def group_size(x: Tensor, groups: int, axis: int) -> Tensor | int:
     """How many values of a sample share their statistics."""
     if None in x.shape[1:]:
         return ops.cast(ops.prod(_sizes(x)) // groups, x.dtype)
@@ -100,11 +101,13 @@ def _group_sums(x, groups, axis):
 
 def _sizes(x):
     """The sizes of all axes but the batch, as integers where they are known: their operations are to be few."""
-    dynamic = ops.shape(x) if None in x.shape[1:] else None
-    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape[1:], 1)]
+    if None not in x.shape[1:]:
+        return list(x.shape[1:])
+    # Those that are known are integers in it.
+    return list(ops.shape(x)[1:])
 
 
-def expand_mask(mask, x):
+def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """A mask of the leading axes of `x` as booleans that broadcast against it; a ValueError if it does not fit."""
     sizes = zip(mask.shape, x.shape, strict=False)
     if len(mask.shape) > len(x.shape) or any(None not in (a, b) and a not in (1, b) for a, b in sizes):

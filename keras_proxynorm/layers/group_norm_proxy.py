@@ -1,16 +1,20 @@
 """Group normalization, activation and proxy normalization as one layer."""
 
-import warnings
+from typing import Any
 
 import keras
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import as_groups
 from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import check_divides_channels
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import RegularizerLike
+from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import arguments_passed_on
+from keras_proxynorm.layers.base import values_per_group
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["GroupNormProxy"]
@@ -21,8 +25,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
     """Group normalization, affine, activation and Proxy Normalization: a batch-independent BatchNormalization + ReLU.
 
     Each sample is normalized by the mean and variance of its groups of channels, as in
-    `keras.layers.GroupNormalization`. Scale, offset and activation follow, and then the output of each channel ``c`` is
-    normalized by the mean and variance that the activation would have if its input were a Gaussian proxy:
+    `keras.layers.GroupNormalization`. `gamma`, `beta` and the activation follow, and then the output of each channel
+    ``c`` is normalized by the mean and variance that the activation would have if its input were a Gaussian proxy:
 
         z = (phi(gamma_c y + beta_c) - mu_c) / sqrt(var_c + proxy_epsilon)
         mu_c, var_c = mean and variance of phi(gamma_c Y_c + beta_c),  Y_c ~ N(proxy_mean_c, proxy_stddev_c^2)
@@ -31,15 +35,15 @@ class GroupNormProxy(ProxyNormalizationLayer):
     output of a sample does not depend on the rest of the batch, there are no running statistics, and training and
     inference compute the same function.
 
-    The layer contains the activation: it replaces a normalization layer together with the activation after it. Where no
-    activation follows, use ``activation=None``, which is group normalization with its affine and has no proxy.
+    The layer has its activation fused in: it replaces a normalization layer together with the activation after it.
+    Where no activation follows, use ``activation=None``: group normalization with its affine, without a proxy.
 
     Args:
         groups: Integer, the number of groups of channels; it must divide the number of channels. -1 means one group
             for each channel (instance normalization). Defaults to 32.
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         epsilon: Float, added to the variance of the input. Defaults to 1e-3.
-        center: If True, add the offset `beta` before the activation. Defaults to True.
+        center: If True, add `beta` before the activation. Defaults to True.
         scale: If True, multiply by `gamma` before the activation. Defaults to True.
         beta_initializer: Initializer of `beta`. Defaults to zeros.
         gamma_initializer: Initializer of `gamma`. Defaults to ones.
@@ -47,9 +51,10 @@ class GroupNormProxy(ProxyNormalizationLayer):
         gamma_regularizer: Optional regularizer of `gamma`.
         beta_constraint: Optional constraint of `beta`.
         gamma_constraint: Optional constraint of `gamma`.
-        activation: The name of an activation, an elementwise callable of one tensor, a parameter-free Keras activation
-            layer, or None. A callable of your own may hold variables and have a gradient of its own; training then
-            takes more time on TensorFlow than with a function of Keras. Defaults to ``"relu"``.
+        activation: The name of an activation, an elementwise callable of one tensor that can be saved (a registered
+            function, or a `functools.partial` of one with keyword arguments), a parameter-free Keras activation layer,
+            or None. A function of your own may hold variables and have a gradient of its own; training then takes more
+            time on TensorFlow than with a function of Keras. Defaults to ``"relu"``.
         proxy_epsilon: Float, added to the variance of the activation. It keeps channels that are almost always off from
             being blown up. Defaults to 0.03, the paper's value; it is not the same thing as `epsilon`.
         proxy_moments: ``"exact"``, or ``"quantiles"`` for the biased estimate of the authors' code; see
@@ -102,6 +107,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
     - [Wu and He, 2018](https://arxiv.org/abs/1803.08494)
     """
 
+    effect_on_single_values = "each value is its own mean, so every normalized value is 0. Use fewer groups."
+
     def __init__(
         self,
         groups: int = 32,
@@ -124,71 +131,40 @@ class GroupNormProxy(ProxyNormalizationLayer):
         proxy_initializer: InitializerLike = "zeros",
         proxy_regularizer: RegularizerLike = None,
         proxy_constraint: ConstraintLike = None,
-        **kwargs,
-    ):
-        expected = "a positive integer, or -1 for one group for each channel"
-        groups = as_integer("groups", groups, expected)
-        if groups < 1 and groups != -1:
-            raise ValueError(f"Argument `groups` must be {expected}. Received: groups={groups}")
-        epsilon = as_nonnegative("epsilon", epsilon)
-        super().__init__(
-            axis=axis,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            proxy_epsilon=proxy_epsilon,
-            proxy_moments=proxy_moments,
-            num_quantiles=num_quantiles,
-            learn_proxy=learn_proxy,
-            proxy_initializer=proxy_initializer,
-            proxy_regularizer=proxy_regularizer,
-            proxy_constraint=proxy_constraint,
-            **kwargs,
-        )
-        self.groups = groups
-        self.epsilon = epsilon
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**arguments_passed_on(locals(), without=("groups", "epsilon")))
+        self.groups = as_groups("groups", groups)
+        self.epsilon = as_nonnegative("epsilon", epsilon)
+
+    def _number_of_groups(self, shape):
+        return self._channels(shape) if self.groups == -1 else self.groups
 
     def _check_channels(self, input_shape, channels):
-        groups = channels if self.groups == -1 else self.groups
-        if channels % groups:
-            divisors = [n for n in range(1, channels + 1) if channels % n == 0]
-            raise ValueError(
-                f"Argument `groups` must divide the number of channels, {channels}: one of {divisors}, or -1. "
-                f"Received: groups={self.groups}, inputs.shape={tuple(input_shape)}"
-            )
-        if len(input_shape) == 2 and groups == channels:
-            warnings.warn(
-                f"{type(self).__name__} '{self.name}' has one group for each channel and inputs without positions "
-                f"(shape {tuple(input_shape)}): each value is its own mean, so every normalized value is 0. "
-                "Use fewer groups.",
-                stacklevel=2,
-            )
+        check_divides_channels("groups", self._number_of_groups(input_shape), channels, input_shape)
+
+    def values_per_statistic(self, input_shape: Shape) -> int | None:
+        return values_per_group(input_shape, self._number_of_groups(input_shape))
 
     def _normalize_and_activate(self, x, mask, gamma, beta, moments):
-        axis = self._channel_axis(x.shape)
         return kernels.group_normalize_and_activate(
             x,
             gamma,
             beta,
             moments,
             activation=self._elementwise,
-            groups=x.shape[axis] if self.groups == -1 else self.groups,
-            axis=axis,
+            groups=self._number_of_groups(x.shape),
+            axis=self._channel_axis(x.shape),
             epsilon=self.epsilon,
             proxy_epsilon=self.proxy_epsilon,
             mask=mask,
         )
 
     def _normalize(self, x, mask):
-        axis = self._channel_axis(x.shape)
-        groups = x.shape[axis] if self.groups == -1 else self.groups
-        return kernels.normalize(x, *kernels.group_moments(x, groups, axis, mask), None, None, self.epsilon)
+        pivot, distance, variance = kernels.group_moments(
+            x, self._number_of_groups(x.shape), self._channel_axis(x.shape), mask
+        )
+        return kernels.normalize(x, pivot, distance, variance, None, None, self.epsilon)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

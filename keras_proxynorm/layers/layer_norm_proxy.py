@@ -1,11 +1,14 @@
 """Layer normalization over all features of a sample, activation and proxy normalization as one layer."""
 
+from typing import Any
+
 import keras
 
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import RegularizerLike
+from keras_proxynorm.layers.base import arguments_passed_on
 from keras_proxynorm.layers.group_norm_proxy import GroupNormProxy
 
 __all__ = ["LayerNormProxy"]
@@ -26,22 +29,9 @@ class LayerNormProxy(GroupNormProxy):
         axis: Integer, the channel axis, not 0: where `gamma`, `beta` and the proxies live. The statistics are over all
             axes but the batch. Defaults to -1.
         epsilon: Float, added to the variance of the input. Defaults to 1e-3.
-        center: If True, add the offset `beta` before the activation. Defaults to True.
-        scale: If True, multiply by `gamma` before the activation. Defaults to True.
-        beta_initializer: Initializer of `beta`. Defaults to zeros.
-        gamma_initializer: Initializer of `gamma`. Defaults to ones.
-        beta_regularizer: Optional regularizer of `beta`.
-        gamma_regularizer: Optional regularizer of `gamma`.
-        beta_constraint: Optional constraint of `beta`.
-        gamma_constraint: Optional constraint of `gamma`.
-        activation: As in `GroupNormProxy`. Defaults to ``"relu"``.
-        proxy_epsilon: As in `GroupNormProxy`. Defaults to 0.03.
-        proxy_moments: As in `GroupNormProxy`. Defaults to ``"exact"``.
-        num_quantiles: As in `GroupNormProxy`. Defaults to 256.
-        learn_proxy: As in `GroupNormProxy`. Defaults to True.
-        proxy_initializer: As in `GroupNormProxy`. Defaults to zeros.
-        proxy_regularizer: As in `GroupNormProxy`.
-        proxy_constraint: As in `GroupNormProxy`.
+        center, scale, beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint,
+            gamma_constraint, activation, proxy_epsilon, proxy_moments, num_quantiles, learn_proxy, proxy_initializer,
+            proxy_regularizer, proxy_constraint: As in `GroupNormProxy`, with the same defaults.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes, call arguments, output and errors are those of `GroupNormProxy`.
@@ -81,37 +71,16 @@ class LayerNormProxy(GroupNormProxy):
         proxy_initializer: InitializerLike = "zeros",
         proxy_regularizer: RegularizerLike = None,
         proxy_constraint: ConstraintLike = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if "groups" in kwargs:
             raise ValueError(
                 "LayerNormProxy has no argument `groups`: it has one group. Use GroupNormProxy for more. "
                 f"Received: groups={kwargs['groups']!r}"
             )
-        super().__init__(
-            groups=1,
-            axis=axis,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            proxy_epsilon=proxy_epsilon,
-            proxy_moments=proxy_moments,
-            num_quantiles=num_quantiles,
-            learn_proxy=learn_proxy,
-            proxy_initializer=proxy_initializer,
-            proxy_regularizer=proxy_regularizer,
-            proxy_constraint=proxy_constraint,
-            **kwargs,
-        )
+        super().__init__(groups=1, **arguments_passed_on(locals()))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["groups"]
         return config

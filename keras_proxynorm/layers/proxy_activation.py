@@ -1,11 +1,14 @@
 """The activation step of proxy normalization alone, for an input that some other layer has normalized."""
 
+from typing import Any
+
 import keras
 
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import ConstraintLike
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import RegularizerLike
+from keras_proxynorm.layers.base import arguments_passed_on
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["ProxyActivation"]
@@ -15,29 +18,16 @@ __all__ = ["ProxyActivation"]
 class ProxyActivation(ProxyNormalizationLayer):
     """Affine, activation and Proxy Normalization of an input that is already normalized.
 
-    For a normalization of your own (zero mean and unit variance over its statistics set, without scale and offset),
+    For a normalization of your own (zero mean and unit variance over its statistics set, without `gamma` and `beta`),
     this is the rest of the layer: ``(phi(gamma y + beta) - mu) / sqrt(var + proxy_epsilon)``, see `GroupNormProxy`.
     `GroupNormProxy(...)` computes the same as a `keras.layers.GroupNormalization(center=False, scale=False, ...)`
     followed by `ProxyActivation(...)`, in one layer.
 
     Args:
         axis: Integer, the channel axis, not 0. Defaults to -1.
-        center: If True, add the offset `beta` before the activation. Defaults to True.
-        scale: If True, multiply by `gamma` before the activation. Defaults to True.
-        beta_initializer: Initializer of `beta`. Defaults to zeros.
-        gamma_initializer: Initializer of `gamma`. Defaults to ones.
-        beta_regularizer: Optional regularizer of `beta`.
-        gamma_regularizer: Optional regularizer of `gamma`.
-        beta_constraint: Optional constraint of `beta`.
-        gamma_constraint: Optional constraint of `gamma`.
-        activation: As in `GroupNormProxy`. Defaults to ``"relu"``.
-        proxy_epsilon: As in `GroupNormProxy`. Defaults to 0.03.
-        proxy_moments: As in `GroupNormProxy`. Defaults to ``"exact"``.
-        num_quantiles: As in `GroupNormProxy`. Defaults to 256.
-        learn_proxy: As in `GroupNormProxy`. Defaults to True.
-        proxy_initializer: As in `GroupNormProxy`. Defaults to zeros.
-        proxy_regularizer: As in `GroupNormProxy`.
-        proxy_constraint: As in `GroupNormProxy`.
+        center, scale, beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint,
+            gamma_constraint, activation, proxy_epsilon, proxy_moments, num_quantiles, learn_proxy, proxy_initializer,
+            proxy_regularizer, proxy_constraint: As in `GroupNormProxy`, with the same defaults.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes, call arguments, output and errors are those of `GroupNormProxy`; a mask is passed on and not used.
@@ -78,25 +68,6 @@ class ProxyActivation(ProxyNormalizationLayer):
         proxy_initializer: InitializerLike = "zeros",
         proxy_regularizer: RegularizerLike = None,
         proxy_constraint: ConstraintLike = None,
-        **kwargs,
-    ):
-        super().__init__(
-            axis=axis,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            proxy_epsilon=proxy_epsilon,
-            proxy_moments=proxy_moments,
-            num_quantiles=num_quantiles,
-            learn_proxy=learn_proxy,
-            proxy_initializer=proxy_initializer,
-            proxy_regularizer=proxy_regularizer,
-            proxy_constraint=proxy_constraint,
-            **kwargs,
-        )
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**arguments_passed_on(locals()))

@@ -1,26 +1,34 @@
 """Mean and variance of an activation of a Gaussian: closed forms, quadrature, the registry of activations."""
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import as_choice
+from keras_proxynorm.arguments import as_positive_integer
 from keras_proxynorm.moments.activations import METHODS
 from keras_proxynorm.moments.activations import ElementwiseActivation
 from keras_proxynorm.moments.activations import register_activation
 from keras_proxynorm.moments.activations import resolve_activation
+from keras_proxynorm.moments.precision import Tensor
 from keras_proxynorm.moments.precision import computation_dtype
 
 __all__ = [
     "METHODS",
     "ElementwiseActivation",
+    "Tensor",
     "activation_moments",
-    "check_method",
     "computation_dtype",
     "register_activation",
     "resolve_activation",
 ]
 
 
-def activation_moments(activation, mean, stddev, method: str = "exact", num_quantiles: int = 256) -> tuple:
+def activation_moments(
+    activation: Any, mean: Any, stddev: Any, method: str = "exact", num_quantiles: int = 256
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of an activation of a Gaussian, ``phi(U)`` with ``U ~ N(mean, stddev ** 2)``.
 
     This is what Proxy Normalization subtracts and divides by. ``"exact"`` uses a closed form for relu, leaky relu,
@@ -38,8 +46,8 @@ def activation_moments(activation, mean, stddev, method: str = "exact", num_quan
             parameter-free Keras activation layer such as ``keras.layers.ReLU(max_value=6)``. A callable with kinks or
             jumps should be made known with `register_activation`.
         mean: Float array or tensor of any shape.
-        stddev: Float array or tensor that broadcasts against `mean`, not negative. At 0 the result is
-            ``phi(mean), 0``.
+        stddev: Float array or tensor that broadcasts against `mean`, not negative; of a tensor the sign is ignored. At
+            0 the result is ``phi(mean), 0``.
         method: ``"exact"``, or ``"quantiles"`` for the biased rule of the paper's authors: the plain average over
             midpoint quantiles of the Gaussian.
         num_quantiles: Number of points of ``"quantiles"``: 256 in the paper, 200 in the authors' code.
@@ -63,22 +71,15 @@ def activation_moments(activation, mean, stddev, method: str = "exact", num_quan
 
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
-    check_method(method, num_quantiles)
+    method = as_choice("method", method, METHODS)
+    num_quantiles = as_positive_integer("num_quantiles", num_quantiles)
     if isinstance(stddev, (float, int, np.generic, np.ndarray, list, tuple)) and np.any(np.asarray(stddev) < 0):
-        raise ValueError(f"Argument `stddev` must not be negative. Received: stddev={stddev}")
+        raise argument_error("stddev", stddev, "not negative")
     # The dtypes first: some backends turn NumPy's float64 into float32 on conversion.
     dtype = computation_dtype(*(x.dtype if hasattr(x, "dtype") else "float32" for x in (mean, stddev)))
     mean, stddev = ops.convert_to_tensor(mean, dtype=dtype), ops.convert_to_tensor(stddev, dtype=dtype)
+    # Values of a tensor may be unknown. Not the absolute value: its gradient at 0 is 0.
+    stddev = ops.where(stddev < 0, -stddev, stddev)
     return resolve_activation(activation).moments(
         mean + ops.zeros_like(stddev), stddev + ops.zeros_like(mean), method, num_quantiles
     )
-
-
-def check_method(method, num_quantiles, name="method"):
-    """Raises a ValueError unless these name a rule for the moments."""
-    if method not in METHODS:
-        raise ValueError(f"Argument `{name}` must be one of {METHODS}. Received: {name}={method!r}")
-    if isinstance(num_quantiles, bool) or not isinstance(num_quantiles, int) or num_quantiles < 1:
-        raise ValueError(
-            f"Argument `num_quantiles` must be a positive integer. Received: num_quantiles={num_quantiles!r}"
-        )

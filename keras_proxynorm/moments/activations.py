@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras import ops
 
 from keras_proxynorm.moments.closed_forms import exponential_moments
 from keras_proxynorm.moments.closed_forms import rectifier_moments
+from keras_proxynorm.moments.precision import Tensor
 from keras_proxynorm.moments.quadrature import SMOOTH_NODES
 from keras_proxynorm.moments.quadrature import piecewise_smooth_moments
 from keras_proxynorm.moments.quadrature import quantile_moments
@@ -56,7 +58,9 @@ class ElementwiseActivation:
         """Whether ``function(r * x)`` is ``r * function(x)`` for every positive ``r``."""
         return self.slopes is not None and all(kink == 0 for kink in self.kinks)
 
-    def moments(self, mean, stddev, method: str = "exact", num_quantiles: int = 256):
+    def moments(
+        self, mean: Tensor, stddev: Tensor, method: str = "exact", num_quantiles: int = 256
+    ) -> tuple[Tensor, Tensor]:
         """Mean and variance of the activation of ``N(mean, stddev ** 2)``; two float tensors of one shape and dtype."""
         if method == "quantiles":
             return quantile_moments(self.function, mean, stddev, num_quantiles)
@@ -177,7 +181,7 @@ def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
     return fn
 
 
-def resolve_activation(activation) -> ElementwiseActivation:
+def resolve_activation(activation: Any) -> ElementwiseActivation:
     """Finds the function and the shape of anything that Keras takes as an activation.
 
     Args:
@@ -310,7 +314,7 @@ def _same(a, b):
 def _inaccuracy_as_smooth(function):
     """How far the rule for smooth functions is from one with ten times as many nodes, in units of the output."""
     mean = ops.convert_to_tensor(np.tile(np.linspace(-4.1, 3.9, 33, dtype="float32"), 2))
-    stddev = ops.convert_to_tensor(np.repeat(np.float32([1, 2]), 33))
+    stddev = ops.convert_to_tensor(np.repeat(np.array([1, 2], "float32"), 33))
     coarse_mean, coarse_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev))
     fine_mean, fine_variance = (ops.convert_to_numpy(x) for x in smooth_moments(function, mean, stddev, nodes=1291))
     scale = np.sqrt(fine_variance + 0.03)

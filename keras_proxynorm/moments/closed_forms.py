@@ -4,6 +4,7 @@ import math
 
 from keras import ops
 
+from keras_proxynorm.moments.precision import Tensor
 from keras_proxynorm.moments.quadrature import TINY
 
 __all__ = ["exponential_moments", "rectifier_moments"]
@@ -12,7 +13,7 @@ __all__ = ["exponential_moments", "rectifier_moments"]
 _CLIP = 13.0
 
 
-def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
+def rectifier_moments(kink: float, left: float, right: float, mean: Tensor, stddev: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``phi(U)``, ``U ~ N(mean, stddev ** 2)``, for two half-lines that meet in ``(kink, 0)``.
 
     ``phi`` is a line plus a rectifier, ``phi(u) = left (u - a) + (right - left) relu(u - a)``. With
@@ -49,7 +50,7 @@ def rectifier_moments(kink: float, left: float, right: float, mean, stddev):
     return output_mean, ops.square(stddev) * ops.relu(unit_variance)
 
 
-def exponential_moments(mean, stddev):
+def exponential_moments(mean: Tensor, stddev: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``exp(U)``, ``U ~ N(mean, stddev ** 2)``: the log-normal distribution."""
     variance = ops.square(stddev)
     output_mean = ops.exp(mean + 0.5 * variance)

@@ -1,11 +1,17 @@
-"""In which precision moments and statistics are computed."""
+"""What a tensor is to a type checker, and in which precision moments and statistics are computed."""
+
+from typing import Any
+from typing import TypeAlias
 
 import keras
 
-__all__ = ["computation_dtype"]
+__all__ = ["Tensor", "computation_dtype"]
+
+# Of any backend.
+Tensor: TypeAlias = Any
 
 
-def computation_dtype(*dtypes) -> str:
+def computation_dtype(*dtypes: Any) -> str:
     """ "float64" if one of the dtypes is, else "float32".
 
     Not `keras.backend.result_type`: outside TensorFlow that turns float64 into float32.

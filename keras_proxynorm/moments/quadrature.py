@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.moments.precision import Tensor
+
 __all__ = ["SMOOTH_NODES", "piecewise_smooth_moments", "quantile_moments", "smooth_moments"]
 
 # The mass of a standard normal beyond 6.5 is 8e-11: below float32 rounding for activations that grow like a line.
@@ -19,7 +21,9 @@ _NODES_PER_PIECE = 48
 TINY = 1e-12
 
 
-def smooth_moments(function: Callable, mean, stddev, nodes: int = SMOOTH_NODES):
+def smooth_moments(
+    function: Callable, mean: Tensor, stddev: Tensor, nodes: int = SMOOTH_NODES
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for an analytic ``function``.
 
     The trapezoid rule on equally spaced points over 6.5 standard deviations to each side. For analytic integrands that
@@ -32,7 +36,9 @@ def smooth_moments(function: Callable, mean, stddev, nodes: int = SMOOTH_NODES):
     return _weighted_moments(function, mean, stddev, *_columns(_trapezoid(nodes), mean))
 
 
-def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, stddev):
+def piecewise_smooth_moments(
+    function: Callable, kinks: Sequence[float], mean: Tensor, stddev: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for a `function` smooth between `kinks`.
 
     A Gauss-Legendre rule on each piece. Across a kink or a jump no rule does better than 1 / nodes; between them 48
@@ -55,7 +61,7 @@ def piecewise_smooth_moments(function: Callable, kinks: Sequence[float], mean, s
     return _weighted_moments(function, mean, stddev, ops.concatenate(points, axis=0), mass)
 
 
-def quantile_moments(function: Callable, mean, stddev, num_quantiles: int):
+def quantile_moments(function: Callable, mean: Tensor, stddev: Tensor, num_quantiles: int) -> tuple[Tensor, Tensor]:
     """Mean and variance over the midpoint quantiles of a Gaussian, as in the authors' code.
 
     The points are ``sqrt(2) erfinv(2 (i + 1/2) / num_quantiles - 1)``. The estimate is biased (with 200 points by up
@@ -73,8 +79,8 @@ def _weighted_moments(function, mean, stddev, points, weights):
     """
     center = function(mean)
     deviations = function(mean + stddev * points) - center
-    shift = ops.sum(weights * deviations, axis=0)
-    return center + shift, ops.sum(weights * ops.square(deviations - shift), axis=0)
+    distance = ops.sum(weights * deviations, axis=0)
+    return center + distance, ops.sum(weights * ops.square(deviations - distance), axis=0)
 
 
 def _columns(arrays, like):

@@ -72,7 +72,7 @@ def test_without_moving_statistics_inference_is_training():
 def test_bad_groups():
     with pytest.raises(ValueError, match="`groups` must be a positive integer. Received: groups=0"):
         BatchGroupNormalization(0)
-    with pytest.raises(ValueError, match="number of channels, 6, or that of features, 240. Received: groups=7"):
+    with pytest.raises(ValueError, match="number of channels, 6, or of that of features, 240. Received: groups=7"):
         BatchGroupNormalization(7).build((None, 5, 8, 6))
     with pytest.raises(ValueError, match="number of channels, 6, where other sizes of the inputs are unknown"):
         BatchGroupNormalization(12).build((None, None, None, 6))

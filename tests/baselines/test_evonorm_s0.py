@@ -33,5 +33,5 @@ def test_without_nonlinearity_it_is_scale_and_offset():
 def test_bad_groups():
     with pytest.raises(ValueError, match="`groups` must be a positive integer, or -1.*Received: groups=0"):
         EvoNormS0(0)
-    with pytest.raises(ValueError, match="`groups` must divide the number of channels, 8.*Received: groups=3"):
+    with pytest.raises(ValueError, match="`groups` must be a divisor of the number of channels, 8.*Received: groups=3"):
         EvoNormS0(3).build((None, 4, 4, 8))

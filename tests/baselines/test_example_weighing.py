@@ -85,7 +85,7 @@ def test_bad_arguments():
     x, y = validation()
     with pytest.raises(ValueError, match="`x` must be data that can be read again.*Received: x=<generator"):
         choose_inference_example_weight(make_model(), ((x, y) for _ in range(2)))
-    with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'. Received: mode='auto'"):
+    with pytest.raises(ValueError, match="`mode` must be one of 'min', 'max'. Received: mode='auto'"):
         choose_inference_example_weight(make_model(), x, y, mode="auto")
-    with pytest.raises(ValueError, match="`model` must have GhostBatchNormalization layers in it"):
+    with pytest.raises(ValueError, match="`model` must be a model with GhostBatchNormalization layers in it"):
         choose_inference_example_weight(make_model(layers=0), x, y)

@@ -47,7 +47,8 @@ def test_keras_layer_conformance(name, policy):
         expected_output_dtype=keras.config.dtype_policy().compute_dtype,
         expected_num_trainable_weights=len(sample.trainable_weights),
         expected_num_non_trainable_weights=len(sample.non_trainable_weights),
-        supports_masking=False,
+        # A convolution drops masks, as Keras's own do.
+        supports_masking=name in ALONE,
         # The default is a policy that the layers of this test have already.
         run_mixed_precision_check=policy == "float32",
     )

@@ -33,18 +33,24 @@ def test_proxy_moments_are_those_of_the_affine_proxy():
     np.testing.assert_allclose(numpy(without_affine[1]), 0.340845, rtol=1e-5)
 
 
-def test_proxy_normalize():
-    h = np.float32([[-1, 2]])
-    found = kernels.proxy_normalize(*tensors(h), RELU, *tensors(np.float32([0.4]), np.float32([0.33])), 0.03)
-    np.testing.assert_allclose(numpy(found), (np.maximum(h, 0) - 0.4) / 0.6, rtol=1e-6)
+def activate(y, activation, *moments):
+    return numpy(
+        kernels.affine_and_activate(*tensors(y), None, None, moments, activation=activation, axis=1, proxy_epsilon=0.03)
+    )
+
+
+def test_the_activation_is_normalized_by_the_moments():
+    y = np.float32([[-1, 2]])
+    found = activate(y, RELU, *tensors(np.float32([0.4, 0.4]), np.float32([0.33, 0.33])))
+    np.testing.assert_allclose(found, (np.maximum(y, 0) - 0.4) / 0.6, rtol=1e-6)
 
 
 def test_a_gaussian_comes_out_normalized():
     """What the method is for: a unit Gaussian input leaves with mean 0 and variance var / (var + epsilon)."""
-    h = np.random.default_rng(0).standard_normal(400_000).astype("float32")
+    y = np.random.default_rng(0).standard_normal((400_000, 1)).astype("float32")
     for name in ("relu", "silu", "hard_silu", "tanh"):
         activation = resolve_activation(name)
-        mean, variance = activation.moments(*tensors(np.float32(0), np.float32(1)))
-        z = numpy(kernels.proxy_normalize(*tensors(h), activation, mean, variance, 0.03))
-        expected = float(numpy(variance) / (numpy(variance) + 0.03))
+        mean, variance = activation.moments(*tensors(np.float32([0]), np.float32([1])))
+        z = activate(y, activation, mean, variance)
+        expected = float(numpy(variance)[0] / (numpy(variance)[0] + 0.03))
         assert abs(z.mean()) < 6e-3 and abs(z.var() - expected) < 0.01

@@ -24,7 +24,7 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 # Instance normalization of inputs without positions is 0, and warned about: see test_group_norm_proxy.
-@pytest.mark.filterwarnings("ignore:.*one group for each channel")
+@pytest.mark.filterwarnings("ignore:.*each value is its own mean")
 @every_layer
 @every_mode
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 4, 5, 8), (2, 3, 2, 4, 8)])
@@ -287,6 +287,10 @@ def test_mask_of_a_masking_layer_reaches_the_statistics():
         ({"axis": 1.5}, "`axis`.*Received: axis=1.5"),
         ({"proxy_epsilon": -0.1}, "`proxy_epsilon`.*Received: proxy_epsilon=-0.1"),
         ({"proxy_epsilon": float("nan")}, "`proxy_epsilon`.*Received: proxy_epsilon=nan"),
+        ({"proxy_epsilon": float("inf")}, "`proxy_epsilon`.*Received: proxy_epsilon=inf"),
+        ({"center": "no"}, "`center` must be True or False. Received: center='no'"),
+        ({"scale": None}, "`scale` must be True or False. Received: scale=None"),
+        ({"learn_proxy": "x"}, "`learn_proxy` must be True or False. Received: learn_proxy='x'"),
         ({"proxy_moments": "sampled"}, "`proxy_moments`.*exact.*quantiles.*Received: proxy_moments='sampled'"),
         ({"num_quantiles": 0}, "`num_quantiles`.*Received: num_quantiles=0"),
         ({"activation": "rellu"}, "`activation`.*relu.*Received: activation='rellu'"),

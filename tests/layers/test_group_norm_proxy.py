@@ -1,6 +1,7 @@
 """GroupNormProxy: limit cases, groups, and its parent's signature."""
 
 import inspect
+import warnings
 
 import keras
 import numpy as np
@@ -84,17 +85,37 @@ def test_bad_groups(groups):
         kp.GroupNormProxy(groups)
 
 
-def test_bad_epsilon():
-    with pytest.raises(ValueError, match="`epsilon`.*Received: epsilon=-1e-05"):
-        kp.GroupNormProxy(4, epsilon=-1e-5)
+@pytest.mark.parametrize("epsilon", [-1e-5, np.inf])
+def test_bad_epsilon(epsilon):
+    with pytest.raises(ValueError, match=f"`epsilon`.*Received: epsilon={epsilon}"):
+        kp.GroupNormProxy(4, epsilon=epsilon)
 
 
 def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match=r"`groups`.*channels, 48: one of \[1, 2, 3.*48\], or -1. Received: groups=32"):
+    with pytest.raises(ValueError, match=r"`groups`.*channels, 48: one of \[1, 2, 3.*48\]. Received: groups=32"):
         kp.GroupNormProxy().build((None, 7, 7, 48))
 
 
-@pytest.mark.parametrize("groups", [-1, 8])
-def test_groups_of_single_values_are_warned_about(groups):
-    with pytest.warns(UserWarning, match="each value is its own mean"):
-        kp.GroupNormProxy(groups).build((None, 8))
+@pytest.mark.parametrize(
+    "groups, axis, shape, expected",
+    [
+        (4, -1, (None, 5, 3, 8), 30),
+        (-1, 1, (2, 8, 5, 3), 15),
+        (2, -1, (None, 8), 4),
+        (4, -1, (None, None, 3, 8), None),
+        (8, -1, (None, 8), 1),
+        (-1, -1, (None, 8), 1),
+        (-1, -1, (None, 1, 1, 8), 1),
+        (8, 1, (None, 8, 1), 1),
+        (1, -1, (None, 1), 1),
+    ],
+)
+def test_groups_of_single_values_are_warned_about(groups, axis, shape, expected):
+    layer = kp.GroupNormProxy(groups, axis=axis, name="norm")
+    assert layer.values_per_statistic(shape) == expected
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer.build(shape)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (expected == 1)
+    assert all("'norm' has inputs of shape" in text and "each value is its own mean" in text for text in messages)

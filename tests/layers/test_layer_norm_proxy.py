@@ -34,6 +34,11 @@ def test_signature_is_that_of_the_parent_without_groups():
     assert list(parent.values()) == list(inspect.signature(kp.LayerNormProxy.__init__).parameters.values())
 
 
+def test_all_values_of_a_sample_share_their_statistics():
+    assert kp.LayerNormProxy(axis=1).values_per_statistic((None, 5, 4, 8)) == 160
+    assert kp.LayerNormProxy().values_per_statistic((None, None, 8)) is None
+
+
 def test_groups_are_refused():
     with pytest.raises(ValueError, match="no argument `groups`.*Received: groups=8"):
         kp.LayerNormProxy(groups=8)

@@ -23,6 +23,10 @@ def test_without_activation_it_is_the_affine():
     np.testing.assert_allclose(numpy(layer(x)), gamma * x + beta, rtol=1e-5, atol=1e-6)
 
 
+def test_it_has_no_statistics():
+    assert kp.ProxyActivation().values_per_statistic((None, 4)) is None
+
+
 def test_signature_is_that_of_the_whole_layers_without_the_normalization():
     whole = dict(inspect.signature(kp.LayerNormProxy.__init__).parameters)
     del whole["epsilon"]

@@ -179,6 +179,11 @@ def test_shapes_and_dtypes():
     assert keras.backend.standardize_dtype(mean.dtype) == "float32"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_sign_of_a_tensor_of_standard_deviations_is_ignored(mode):
+    np.testing.assert_array_equal(moments("relu", 0.3, [-1.0, 2.0], mode), moments("relu", 0.3, [1.0, 2.0], mode))
+
+
 @pytest.mark.parametrize(
     "kwargs, named",
     [

@@ -1,7 +1,5 @@
 """Normalize, affine and activation in as few passes over memory as TensorFlow allows, with a gradient by hand."""
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 
@@ -16,21 +14,22 @@ from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.kernels.statistics import moments_about_pivot
 from keras_proxynorm.kernels.tensorflow.custom_gradients import with_gradient
 from keras_proxynorm.moments import ElementwiseActivation
+from keras_proxynorm.moments import Tensor
 
 __all__ = ["normalize_and_activate"]
 
 
 def normalize_and_activate(
-    x,
-    scale,
-    offset,
-    output_scale,
-    output_offset,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    output_scale: Tensor,
+    output_offset: Tensor,
     activation: ElementwiseActivation,
     groups: int,
     axis: int,
     epsilon: float,
-) -> Any:
+) -> Tensor:
     """``output_scale * activation(scale * y + offset) + output_offset`` for ``y = (x - mean) / sqrt(var + epsilon)``.
 
     The gradient takes two sums over the positions, of the gradient ``g`` before the affine and of ``g (x - mean)``, and

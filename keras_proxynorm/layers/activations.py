@@ -1,0 +1,80 @@
+"""Activations as layers keep them: such that a file can hold them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.moments import resolve_activation
+
+__all__ = ["PartialActivation", "WithActivation"]
+
+
+@keras.saving.register_keras_serializable(package="keras_proxynorm")
+class PartialActivation(functools.partial):
+    """A function with keyword arguments, as `functools.partial`, which Keras cannot save."""
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "function": keras.activations.serialize(self.func),
+            "arguments": keras.saving.serialize_keras_object(self.keywords),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PartialActivation":
+        arguments = keras.saving.deserialize_keras_object(config["arguments"])
+        return cls(keras.activations.get(config["function"]), **arguments)
+
+
+class WithActivation:
+    """The property `activation` of layers with an elementwise activation, which a file can hold."""
+
+    @property
+    def activation(self) -> Callable:
+        """The activation, as a function or a layer. Assigning another one takes effect at the next call or tracing."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Any) -> None:
+        self._set_activation(activation)
+
+    # Constructors call this: on PyTorch a layer is a Module, and Modules are assigned past properties.
+    def _set_activation(self, activation):
+        elementwise = resolve_activation(activation)
+        self._activation = _saved_form(activation)
+        self._elementwise = elementwise
+
+
+def _saved_form(activation):
+    """The function or the layer of an activation, in a form that can be saved; a ValueError if there is none."""
+    function = keras.activations.get(activation)
+    if isinstance(function, functools.partial) and not function.args and _has_a_name(function.func):
+        function = PartialActivation(function.func, **function.keywords)
+    if not _can_be_saved(function):
+        raise argument_error(
+            "activation",
+            activation,
+            "an activation that can be saved: write it as a function of one tensor, and register that with "
+            "keras.saving.register_keras_serializable",
+        )
+    return function
+
+
+def _has_a_name(function):
+    return inspect.isfunction(function) and function.__name__ != "<lambda>"
+
+
+def _can_be_saved(function):
+    if inspect.isfunction(function):
+        return True
+    # Keras writes the name of a method, but cannot find a method by its name.
+    if inspect.ismethod(function):
+        return False
+    try:
+        keras.activations.serialize(function)
+    except Exception:  # The config is the user's.
+        return False
+    return True
