@@ -11,6 +11,8 @@ import keras_proxynorm
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
+from keras_proxynorm.export.inference_model import folded_copy
+from keras_proxynorm.export.inference_model import inference_model
 from keras_proxynorm.export.onnx_conversion import check_opset
 from keras_proxynorm.export.onnx_conversion import convert
 from keras_proxynorm.export.onnx_weights import data_files
@@ -19,8 +21,6 @@ from keras_proxynorm.export.onnx_weights import store_as_float16
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import fitting_runtimes
 from keras_proxynorm.export.verification import verify_served
-from keras_proxynorm.folding.folding import fold_if_possible
-from keras_proxynorm.folding.folding import fold_with_report
 
 __all__ = ["export_onnx"]
 
@@ -120,8 +120,8 @@ def export_onnx(
     if float16_weights:
         served, folded = _with_float16_kernels(model, fold)
     elif fold:
-        served, folded = fold_if_possible(model, through_gates=True)
-    serve, signature = serving_function(model, batch_size, input_shape, "onnx", served)
+        served, folded = inference_model(model, "onnx", through_gates=True)
+    serve, signature = serving_function(model, batch_size, input_shape, served)
     proto, arrays = convert(serve, signature, opset, served.variables)
     if float16_weights:
         store_as_float16(proto, arrays)
@@ -157,12 +157,12 @@ def _with_float16_kernels(model, fold):
             "Argument `float16_weights` needs fold=True, which makes a copy of the model that can be changed. "
             "Received: float16_weights=True, fold=False"
         )
-    folded, report = fold_with_report(model, through_gates=True)
+    folded, report = folded_copy(model, "onnx", through_gates=True)
     for weight in folded.weights:
         value = keras.ops.convert_to_numpy(weight)
         if value.ndim > 1 and value.dtype == "float32" and np.all(np.abs(value) <= np.finfo("float16").max):
             weight.assign(value.astype("float16"))
-    return folded, str(report)
+    return folded, "\n".join(report.summary())
 
 
 def _describe(proto, folded):

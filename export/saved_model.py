@@ -7,14 +7,16 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_proxynorm.compat import convert_variables_to_constants
 from keras_proxynorm.export.atomic import check_free
 from keras_proxynorm.export.atomic import local_path
 from keras_proxynorm.export.atomic import replacing
+from keras_proxynorm.export.inference_model import inference_model
 from keras_proxynorm.export.logs import quiet
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import verify_served
 from keras_proxynorm.export.warm_up import write_warm_up_requests
-from keras_proxynorm.folding.folding import fold_if_possible
+from keras_proxynorm.folding.folded_normalization import set_form
 
 __all__ = ["export_saved_model"]
 
@@ -97,7 +99,7 @@ def export_saved_model(
     check_free(target, overwrite)
     # First of all, because it checks the arguments.
     serving_function(model, batch_size, input_shape)
-    served = fold_if_possible(model)[0] if fold else model
+    served = inference_model(model, "tensorflow")[0] if fold else model
     with replacing(target, overwrite) as temporary, quiet("absl", "tensorflow"):
         _write(model, served, temporary, batch_size, input_shape, as_constants=fold, xla_signature=xla_signature)
         if warmup:
@@ -119,16 +121,18 @@ def _next_version(directory):
 def _write(model, served, path, batch_size, input_shape, as_constants, xla_signature):
     import tensorflow as tf
 
-    def function(runtime, **options):
-        serve, signature = serving_function(model, batch_size, input_shape, runtime, served)
-        return tf.function(serve, input_signature=signature, autograph=False, **options)
+    def traced(**options):
+        serve, signature = serving_function(model, batch_size, input_shape, served)
+        function = tf.function(serve, input_signature=signature, autograph=False, **options)
+        function.get_concrete_function()
+        return function
 
     # Named as by model.export, for keras.layers.TFSMLayer.
-    functions = {"serve": function("tensorflow")}
+    functions = {"serve": traced()}
     if xla_signature:
-        functions["serving_xla"] = function("keras", jit_compile=True)
-    for traced in functions.values():
-        traced.get_concrete_function()
+        if served is not model:
+            set_form(served, "keras")
+        functions["serving_xla"] = traced(jit_compile=True)
     if as_constants and _can_be_constants(served, functions.values()):
         functions = {name: _frozen(traced, name == "serving_xla") for name, traced in functions.items()}
         _save_constants(functions, path)
@@ -157,10 +161,9 @@ def _can_be_constants(model, functions):
 def _frozen(function, jit_compile):
     """A function with the same signature, with the values of its variables as constants."""
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     concrete = function.get_concrete_function()
-    frozen = convert_variables_to_constants_v2(concrete)
+    frozen = convert_variables_to_constants(concrete)
 
     def serve(*tensors):
         return tf.nest.pack_sequence_as(concrete.structured_outputs, frozen(*tensors))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import keras
 
-from keras_proxynorm.folding.forms import traced_for
 from keras_proxynorm.kernels import reduction
 
 __all__ = ["serving_function"]
@@ -16,7 +15,6 @@ def serving_function(
     model: keras.Model,
     batch_size: int | None,
     input_shape,
-    runtime: str = "keras",
     served: keras.Model | None = None,
 ) -> tuple[Callable, list]:
     """The inference function of a model, and the signature to trace it with.
@@ -25,7 +23,6 @@ def serving_function(
         model: A built model.
         batch_size: Positive integer, or None for any batch size.
         input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples.
-        runtime: What the function is traced for, see `traced_for`.
         served: The model that computes, such as the folded one, under the names of `model`. Defaults to `model`.
 
     Returns:
@@ -69,7 +66,7 @@ def serving_function(
 
     def serve(*tensors):
         # What is traced here may run on another device.
-        with reduction("sum"), traced_for(runtime):
+        with reduction("sum"):
             outputs = (served or model)(keras.tree.pack_sequence_as(structure, tensors), training=False)
         return _name_outputs(model, outputs)
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import keras_proxynorm.folding  # noqa: F401  (it registers the layer of folded models, for files that have it)
 from keras_proxynorm.kernels import reduction
 from keras_proxynorm.kernels import set_reduction
 from keras_proxynorm.layers import GroupNormProxy

@@ -15,6 +15,7 @@ __all__ = [
     "convert_variables_to_constants",
     "copy_rematerialization",
     "excludes_from_weight_decay",
+    "functional_call",
     "is_compiled_by_xla",
     "lambda_output_shape",
     "layers_inside",
@@ -117,3 +118,9 @@ def update_metrics(
 ) -> tuple[dict[str, Any], Any]:
     """The logs of a training step and the new values of the metrics' variables, without state; JAX only."""
     return model._update_metrics_variables(variables, loss, x, y, y_pred, sample_weight)
+
+
+def functional_call() -> Any:
+    """The `call` of functional models."""
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, inputs)).call

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_proxynorm.arguments import as_choice
+from keras_proxynorm.compat import layers_inside
+from keras_proxynorm.folding.forms import FORMS
 from keras_proxynorm.folding.forms import Constants
 from keras_proxynorm.folding.forms import normalize_and_activate
 from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
 
-__all__ = ["FoldedNormalization"]
+__all__ = ["FoldedNormalization", "set_form"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
@@ -73,6 +76,8 @@ class FoldedNormalization(keras.layers.Layer):
             )
         self.constants = [name for name in Constants._fields if name in constants]
         self.reads_mask = reads_mask
+        # Not in the config: an exporter sets it on the layers of a copy of its own, see `set_form`.
+        self.form = "keras"
         self.scale = self.offset = self.output_scale = self.output_offset = None
 
     def build(self, input_shape):
@@ -97,6 +102,7 @@ class FoldedNormalization(keras.layers.Layer):
             self.axis % len(inputs.shape),
             self.epsilon,
             mask if self.reads_mask else None,
+            self.form,
         )
         return ops.cast(outputs, self.compute_dtype)
 
@@ -116,3 +122,15 @@ class FoldedNormalization(keras.layers.Layer):
             "constants": list(self.constants),
             "reads_mask": self.reads_mask,
         }
+
+
+def set_form(model: keras.Model, form: str) -> None:
+    """Sets the form in which the folded normalizations of a model compute, wherever in it they are.
+
+    Args:
+        model: A model of the caller's own, which nobody else runs.
+        form: One of `keras_proxynorm.folding.forms.FORMS`.
+    """
+    for layer in layers_inside(model):
+        if isinstance(layer, FoldedNormalization):
+            layer.form = as_choice("form", form, tuple(FORMS))

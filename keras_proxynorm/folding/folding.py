@@ -3,69 +3,97 @@
 import collections
 import warnings
 from dataclasses import dataclass
+from typing import Literal
+from typing import overload
 
 import keras
 
-from keras_proxynorm.folding.folded_normalization import FoldedNormalization
 from keras_proxynorm.folding.planning import FoldPlan
-from keras_proxynorm.folding.planning import make_fold_plan
-from keras_proxynorm.graph.carrying import carry_own_weights
-from keras_proxynorm.graph.carrying import carry_state
-from keras_proxynorm.graph.carrying import dtype_of
-from keras_proxynorm.graph.cloning import ModelCloner
-from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.folding.planning import plan_folding
+from keras_proxynorm.folding.rewrites import rewrites
 from keras_proxynorm.graph.reading import check_readable
-from keras_proxynorm.graph.reading import nested_model
 from keras_proxynorm.graph.reading import read_graphs
+from keras_proxynorm.graph.report import LEFT_ALONE
+from keras_proxynorm.graph.report import LayerEntry
+from keras_proxynorm.graph.report import Report
+from keras_proxynorm.graph.report import counted
+from keras_proxynorm.graph.rewriting import clone
 
-__all__ = ["FoldReport", "fold", "fold_if_possible", "fold_with_report"]
+__all__ = ["FoldReport", "fold", "fold_with_report"]
 
 
 @dataclass(frozen=True)
-class FoldReport:
-    """What `fold` did.
+class FoldReport(Report):
+    """What `fold` did. Print it, or take its `to_dict()`.
 
     Attributes:
-        folded: What became of each normalization, by its path.
-        absorbed: For each linear layer that took something in from normalizations in front of it, by its path: from
-            which.
+        model: The name of the model.
+        layers: For each normalization a `LayerEntry`: its `path`, the class of its `layer`, the `action`, and the
+            `reason` why it was left alone, or why the following layers do not absorb all that they might.
+        absorbed: For each linear layer that absorbed something from preceding normalizations, by its path: from which.
+        warnings: What did not come through as it was.
 
     Example:
 
     >>> import keras, keras_proxynorm
     >>> from keras_proxynorm.export import fold
     >>> layers = [keras.Input((8,)), keras.layers.Dense(8), keras.layers.BatchNormalization(name="norm")]
-    >>> _, report = fold(keras.Sequential(layers), return_report=True)
+    >>> _, report = fold(keras.Sequential(layers, name="small"), return_report=True)
     >>> print(report)
-    1 normalizations folded
-        1 BatchNormalization into the layer in front of it
+    layer  was                 became                    not done, because
+    norm   BatchNormalization  into the preceding layer
+    <BLANKLINE>
+    small: 1 of 1 normalization layers folded
+                         1  BatchNormalization into the preceding layer
     """
 
-    folded: dict[str, str]
+    model: str
+    layers: tuple[LayerEntry, ...]
     absorbed: dict[str, tuple[str, ...]]
+    warnings: tuple[str, ...] = ()
 
-    def __str__(self):
-        lines = [f"{len(self.folded)} normalizations folded"]
-        lines += [f"{count:5} {kind}" for kind, count in collections.Counter(self.folded.values()).most_common()]
-        return "\n".join(lines)
+    @property
+    def folded(self) -> dict[str, str]:
+        """What became of each normalization that was folded, by its path."""
+        return {x.path: f"{x.layer} {x.action}" for x in self.layers if x.action != LEFT_ALONE}
+
+    def rows(self):
+        yield "layer", "was", "became", "not done, because"
+        for layer in self.layers:
+            yield layer.path, layer.layer, layer.action, layer.reason or ""
+
+    def summary(self):
+        yield f"{self.model}: {len(self.folded)} of {len(self.layers)} normalization layers folded"
+        for kind, count in collections.Counter(self.folded.values()).most_common():
+            yield counted("", count, kind)
+        yield from self.closing_lines()
 
 
-def fold(model: keras.Model, *, return_report: bool = False):
+@overload
+def fold(model: keras.Model, *, return_report: Literal[False] = False) -> keras.Model: ...
+
+
+@overload
+def fold(model: keras.Model, *, return_report: Literal[True]) -> tuple[keras.Model, FoldReport]: ...
+
+
+def fold(model: keras.Model, *, return_report: bool = False) -> keras.Model | tuple[keras.Model, FoldReport]:
     """Makes the inference form of a model: the same function, with all that depends on weights alone computed once.
 
-    - The mean and variance of each proxy become constants, computed in float64 and rounded once. Scale, offset and
-      proxy normalization of a layer merge; what remains behind the activation, a scale and a shift of each channel,
-      goes into the weights of the dense, convolution, depthwise and separable layers that read the output, where that
-      is exact: also through pooling, cropping, padding, reshapes, concatenation and products, but no shift into what
-      reads zeros of a padding in its place, and none through a product.
-    - A `BatchNormalization` goes into the linear layer in front of it, or else into those behind it, or else becomes a
+    - The mean and variance of each proxy become constants, computed in float64 and rounded once. The affine and proxy
+      normalization of a layer merge; what remains after the activation, a scale and an offset of each channel, is
+      absorbed by the dense, convolution, depthwise and separable layers that read the output, where that is exact:
+      also through pooling, cropping, padding, reshapes, concatenation and products, but no offset by what reads
+      zeros of a padding in its place, and none through a product.
+    - A `BatchNormalization` is absorbed by the preceding linear layer, or else by the following ones, or else becomes a
       scale and an offset. So does a layer of `keras_proxynorm.baselines` that is no more than that at inference; one
-      that contains a linear layer becomes that, where the kernel at inference is a constant.
-    - A `GroupNormalization` keeps its statistics, with scale and offset as constants.
+      that contains a linear layer becomes that layer, where the kernel at inference is a constant.
+    - A `GroupNormalization` keeps its statistics, with gamma and beta as constants.
 
     Normalizations become `FoldedNormalization` layers or, where nothing is left to do, `keras.layers.Identity`. All
-    layers keep their names. The source model is not changed. Normalizations inside of other layers, where the graph of
-    the model does not lead, stay what they are.
+    layers keep their names. The source model is not changed. What is not understood stays what it is, and the report
+    says why: subclasses that override a method, and normalizations that look at their inputs in a way of their own. So
+    do normalizations inside of other layers, where the graph of the model does not lead.
 
     Args:
         model: A functional or sequential model that is built. Models nested in it are folded, too.
@@ -100,140 +128,33 @@ def fold(model: keras.Model, *, return_report: bool = False):
     - [Labatie et al., 2021](https://arxiv.org/abs/2106.03743)
     """
     folded, report = fold_with_report(model)
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=2)
     return (folded, report) if return_report else folded
 
 
 def fold_with_report(model: keras.Model, through_gates: bool = False) -> tuple[keras.Model, FoldReport]:
-    """As `fold`.
+    """As `fold`, with the warnings in the report alone.
 
     Args:
         model: As there.
-        through_gates: Whether a shift in front of a squeeze-and-excite gate becomes a small convolution of the gate,
-            which is added behind the layer that reads the product. It saves a pass over the larger tensor, where
+        through_gates: Whether an offset before a squeeze-and-excite gate becomes a small convolution of the gate,
+            which is added after the layer that reads the product. It saves a pass over the larger tensor, where
             starting a small convolution costs less than that.
     """
     check_readable(model)
     graphs = read_graphs(model)
-    plan = make_fold_plan(graphs, through_gates)
-    cloner = _FoldingCloner(graphs, plan)
-    folded = cloner.clone(model)
-    for note in cloner.notes:
-        warnings.warn(note, stacklevel=4)
-    _carry(plan, cloner)
-    for graph in graphs:
-        if not carry_own_weights(graph.model, cloner.clone(graph.model), graph.functional):
-            raise ValueError(
-                f"Argument `model` must have its weights in layers of its graph. Received: '{graph.model.name}', which "
-                "has others, outside of its graph"
-            )
-    folded.trainable = False
-    return folded, FoldReport(
-        folded={folding.path: folding.describe() for folding in plan.foldings.values()}
-        | {plan.linear[id(x)]: f"{type(x).__name__} into the layer inside of it" for x in _contained(plan, cloner)},
-        absorbed={absorption.path: absorption.rescaling.sources for absorption in plan.absorptions},
-    )
+    plan = plan_folding(graphs, through_gates)
+    cloned = clone(graphs, rewrites(plan, graphs))
+    cloned.model.trainable = False
+    absorbed = {absorption.path: absorption.rescaling.sources for absorption in plan.absorptions}
+    return cloned.model, FoldReport(model.name, tuple(_entries(plan)), absorbed, tuple(cloned.notes))
 
 
-def _contained(plan, cloner):
-    return [source for source, _ in cloner.clones.values() if id(source) in plan.linear]
-
-
-def fold_if_possible(model: keras.Model, through_gates: bool = False) -> tuple[keras.Model, str]:
-    """The folded model and what was folded, in words; for a model that cannot be folded itself, with a warning."""
-    try:
-        folded, report = fold_with_report(model, through_gates)
-    except ValueError as error:
-        warnings.warn(
-            f"The model '{model.name}' is exported without folding, as with fold=False, because it cannot be folded: "
-            f"{error}",
-            stacklevel=3,
-        )
-        return model, "nothing"
-    return folded, str(report)
-
-
-_BIAS = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": None, "bias_constraint": None}
-
-
-class _FoldingCloner(ModelCloner):
-    def __init__(self, graphs, plan: FoldPlan):
-        super().__init__(graphs)
-        self.shifts: dict[int, keras.layers.Layer] = {}
-        self._plan = plan
-        self._factors: dict[int, list] = {}
-
-    def _clone_single(self, operation):
-        folding = self._plan.foldings.get(id(operation))
-        if folding is not None and folding.vanishes:
-            return keras.layers.Identity(name=operation.name, dtype=dtype_of(operation))
-        if folding is not None:
-            return FoldedNormalization(
-                groups=folding.groups,
-                axis=folding.axis,
-                epsilon=folding.epsilon,
-                activation=folding.activation,
-                constants=list(folding.constants),
-                reads_mask=folding.reads_mask,
-                name=operation.name,
-                dtype=dtype_of(operation),
-            )
-        if id(operation) in self._plan.linear:
-            _, _, activation = operation.inference_linear()
-            return super()._clone_single(
-                operation.layer, **_BIAS, activation=activation, name=operation.name, dtype=dtype_of(operation)
-            )
-        if id(operation) in self._plan.changed and not operation.use_bias:
-            return super()._clone_single(operation, **_BIAS)
-        return super()._clone_single(operation)
-
-    def _call(self, clone, *args, **kwargs):
-        source = self._sources[id(clone)]
-        if id(source) in self._plan.foldings or id(source) in self._plan.linear:
-            return self._call_replacement(source, clone, *args, **kwargs)
-        outputs = clone(*args, **kwargs)
-        if isinstance(source, keras.layers.Multiply):
-            self._factors[id(source)] = args[0]
-        gated = self._plan.gated.get(id(source))
-        if gated is None:
-            return outputs
-        # The weights of it are set when those of all layers are.
-        shift = type(source)(
-            source.filters,
-            1,
-            data_format=source.data_format,
-            use_bias=False,
-            name=f"{source.name}_shift",
-            dtype=dtype_of(source),
-        )
-        self.shifts[id(source)] = shift
-        add = keras.layers.Add(name=f"{source.name}_shifted", dtype=dtype_of(source))
-        return add([outputs, shift(self._factors[id(gated.product)][gated.gate])])
-
-
-def _carry(plan: FoldPlan, cloner: _FoldingCloner):
-    """Sets the weights of all layers of the folded model."""
-    in_front = {id(folding.linear): folding for folding in plan.foldings.values() if folding.linear is not None}
-    for source, clone in cloner.clones.values():
-        if id(source) in plan.foldings:
-            if isinstance(clone, FoldedNormalization):
-                for name, vector in plan.foldings[id(source)].constants.items():
-                    getattr(clone, name).assign(vector)
-        elif id(source) in plan.linear:
-            kernel, bias, _ = source.inference_linear()
-            clone.kernel.assign(kernel)
-            clone.bias.assign(bias)
-        elif id(source) in plan.changed:
-            weights = LinearWeights(source)
-            gated = plan.gated.get(id(source))
-            response = gated and weights.response(gated.rescaling.values()[1])
-            for absorption in plan.absorptions:
-                if absorption.layer is source:
-                    weights.take_in(*absorption.rescaling.values())
-            if id(source) in in_front:
-                weights.rescale_output(in_front[id(source)].scale, in_front[id(source)].offset)
-                response = gated and response * in_front[id(source)].scale
-            weights.assign(clone)
-            if gated:
-                cloner.shifts[id(source)].kernel.assign(response)
-        elif isinstance(source, keras.layers.Layer) and nested_model(source) is None:
-            carry_state(source, clone)
+def _entries(plan: FoldPlan):
+    for layer, folding in plan.foldings.items():
+        yield LayerEntry(folding.path, type(layer).__name__, folding.action, folding.obstacle)
+    for layer, path in plan.contained.items():
+        yield LayerEntry(path, type(layer).__name__, "into the linear layer inside of it", None)
+    for layer, (path, reason) in plan.reasons.items():
+        yield LayerEntry(path, type(layer).__name__, LEFT_ALONE, reason)

@@ -1,9 +1,8 @@
 """The computation of a folded normalization, in the form that is fastest where an exported graph will run."""
 
-import contextlib
 import math
 from collections.abc import Callable
-from collections.abc import Iterator
+from typing import Any
 from typing import NamedTuple
 
 from keras import ops
@@ -11,12 +10,10 @@ from keras import ops
 from keras_proxynorm import kernels
 from keras_proxynorm.kernels import channels
 
-__all__ = ["Constants", "normalize_and_activate", "traced_for"]
+__all__ = ["FORMS", "Constants", "normalize_and_activate"]
 
 # Elements of an image from which these are faster in TensorFlow on a CPU than products, sums and reductions.
 _SMALLEST_CONVOLVED, _SMALLEST_POOLED = 2**17, 2**18
-
-_runtime = "keras"
 
 
 class Constants(NamedTuple):
@@ -28,37 +25,35 @@ class Constants(NamedTuple):
     output_offset: object = None
 
 
-@contextlib.contextmanager
-def traced_for(runtime: str) -> Iterator[None]:
-    """Makes what is traced in the block take the form for a runtime: ``"keras"``, ``"tensorflow"`` or ``"onnx"``."""
-    global _runtime
-    previous, _runtime = _runtime, runtime
-    try:
-        yield
-    finally:
-        _runtime = previous
-
-
 def normalize_and_activate(
-    x, constants: Constants, activation: Callable, groups: int | None, axis: int, epsilon: float, mask=None
-):
+    x: Any,
+    constants: Constants,
+    activation: Callable,
+    groups: int | None,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    form: str = "keras",
+) -> Any:
     """``output_scale * activation(scale * y + offset) + output_offset`` of the normalized input ``y``.
 
     Args:
         x: Float tensor of rank 2 or more; axis 0 is the batch.
-        constants: The factors and summands.
+        constants: The scales and offsets.
         activation: Maps a tensor to a tensor, each element alone.
         groups: Number of groups of channels that share their statistics, or None if `x` is ``y``.
         axis: Index of the channel axis, positive.
         epsilon: Float, added to the variance of the input.
         mask: Optional boolean tensor of the shape of `x` or of its leading axes; positions where it is False do not
             enter the statistics.
+        form: One of `FORMS`: ``"keras"``, in operations of Keras alone; or what is fastest on a CPU for batch size 1,
+            ``"tensorflow"`` in a graph of TensorFlow and ``"onnx"`` in what tf2onnx makes of one. With a mask it is the
+            first.
 
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    form = "keras" if mask is not None else _runtime
-    return _FORMS[form](x, constants, activation, groups, axis, epsilon, mask)
+    return FORMS["keras" if mask is not None else form](x, constants, activation, groups, axis, epsilon, mask)
 
 
 def _for_keras(x, constants, activation, groups, axis, epsilon, mask):
@@ -190,4 +185,4 @@ def _channels_first_affine(x, scale, offset):
     return _affine(x, channels.broadcast(scale, x, 1), channels.broadcast(offset, x, 1))
 
 
-_FORMS = {"keras": _for_keras, "tensorflow": _for_tensorflow, "onnx": _for_onnx}
+FORMS = {"keras": _for_keras, "tensorflow": _for_tensorflow, "onnx": _for_onnx}

@@ -1,43 +1,60 @@
 """Decides what becomes of each normalization of a model when it is folded, before anything is built."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_proxynorm import baselines
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
-from keras_proxynorm.graph.layer_kinds import DEPTHWISE
-from keras_proxynorm.graph.layer_kinds import SEPARABLE
+from keras_proxynorm.graph.layer_kinds import LINEAR
 from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import has_activation
+from keras_proxynorm.graph.layer_kinds import normalization_axis
+from keras_proxynorm.graph.layer_kinds import overridden_methods
 from keras_proxynorm.graph.linear_weights import as_float64
-from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.linear_weights import fixed_weights_reason
+from keras_proxynorm.graph.reading import Call
 from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import as_path
+from keras_proxynorm.graph.reading import count_calls
 from keras_proxynorm.graph.rescaling import Absorption
-from keras_proxynorm.graph.rescaling import GatedShift
+from keras_proxynorm.graph.rescaling import GatedOffset
+from keras_proxynorm.graph.rescaling import Obstacle
 from keras_proxynorm.graph.rescaling import Rescaling
 from keras_proxynorm.graph.rescaling import follow_rescalings
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
 from keras_proxynorm.layers import ProxyActivation
+from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.moments import resolve_activation
-from keras_proxynorm.surgery.planning import channel_axis
 
-__all__ = ["FoldPlan", "Folding", "make_fold_plan"]
+__all__ = ["FoldPlan", "Folding", "plan_folding"]
 
-# Those of the baselines that look at their inputs in training only.
-_AFFINE_AT_INFERENCE = (
+_PROXY_LAYERS = (GroupNormProxy, LayerNormProxy, ProxyActivation)
+_FOLDABLE = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    *_PROXY_LAYERS,
     baselines.BatchGroupNormalization,
     baselines.GhostBatchNormalization,
     baselines.VarianceNormalization,
 )
-SHIFTED, SCALED, KEPT = "scale and shift", "scale", "nothing"
+_WITH_LINEAR = (
+    baselines.ConvolutionalNormalization,
+    baselines.CrossIterationBatchNormalization,
+    baselines.WeightNormalization,
+    baselines.WeightStandardization,
+)
+# What a normalization moves into the layers that follow.
+BOTH, SCALE, NOTHING = "scale and offset", "scale", "nothing"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Folding:
     """What becomes of one normalization.
 
@@ -45,33 +62,35 @@ class Folding:
 
     Attributes:
         layer: The layer.
-        path: Its name, behind the names of the models that it is nested in.
+        path: Its name, preceded by the names of the models that it is nested in.
         groups: Number of groups that share their statistics, or None if the layer computes none at inference.
         axis: The channel axis.
         epsilon: Added to the variance.
         activation: The activation inside the layer, as Keras takes it.
         reads_mask: Whether the layer looks at masks.
         scale: NumPy vector, by which the normalized input is multiplied.
-        offset: What is added in front of the activation.
+        offset: What is added before the activation.
         output_scale: By what its output is multiplied.
         output_offset: What is added in the end.
-        linear: The layer in front whose weights take in everything, or None.
-        moved: What of the output scale and offset goes into the layers behind.
+        linear: The preceding layer whose weights absorb everything, or None.
+        moved: What of the output scale and offset the following layers absorb.
+        obstacle: Why they do not absorb the rest, or None.
     """
 
-    layer: keras.layers.Layer
+    layer: Any
     path: str
     groups: int | None
     axis: int
     epsilon: float
-    activation: object
+    activation: Any
     reads_mask: bool
     scale: np.ndarray
     offset: np.ndarray
     output_scale: np.ndarray
     output_offset: np.ndarray
-    linear: keras.layers.Layer | None = None
-    moved: str = KEPT
+    linear: Any = None
+    moved: str = NOTHING
+    obstacle: str | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -86,25 +105,26 @@ class Folding:
     def constants(self) -> dict[str, np.ndarray]:
         """The vectors that stay in the layer, without those that change nothing."""
         output_scale, output_offset = self.output_scale, self.output_offset
-        if self.moved == SCALED:
+        if self.moved == SCALE:
             output_offset = output_offset / output_scale
         vectors = {
             "scale": self.scale,
             "offset": self.offset,
-            "output_scale": output_scale if self.moved == KEPT else np.ones_like(output_scale),
-            "output_offset": np.zeros_like(output_offset) if self.moved == SHIFTED else output_offset,
+            "output_scale": output_scale if self.moved == NOTHING else np.ones_like(output_scale),
+            "output_offset": np.zeros_like(output_offset) if self.moved == BOTH else output_offset,
         }
         if self.is_linear:
             vectors = {"scale": vectors["output_scale"], "offset": vectors["output_offset"]}
         return {name: vector for name, vector in vectors.items() if np.any(vector != name.endswith("scale"))}
 
-    def describe(self) -> str:
+    @property
+    def action(self) -> str:
         """What became of it, in a few words."""
         if self.linear is not None:
-            return f"{type(self.layer).__name__} into the layer in front of it"
+            return "into the preceding layer"
         if self.vanishes:
-            return f"{type(self.layer).__name__} into the layers behind it"
-        return f"{type(self.layer).__name__} to constants, {self.moved} into the layers behind it"
+            return "into the following layers"
+        return "to constants" if self.moved == NOTHING else f"to constants, {self.moved} into the following layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,115 +132,110 @@ class FoldPlan:
     """What becomes of a model.
 
     Attributes:
-        foldings: By the `id` of the normalization layer.
-        absorptions: The layers that take in what is behind normalizations.
-        gated: By the `id` of the layer that reads the product: the shifts for which something is added to its output.
-        linear: The paths of layers that become the linear layer inside of them, by their `id`.
+        foldings: What becomes of normalizations, by the layer.
+        absorptions: The layers that absorb what normalizations move.
+        gated: By the layer that reads the product: the offsets for which something is added to its output.
+        contained: Layers that become the linear layer inside of them, with their paths.
+        reasons: Why other normalizations are left alone, by the layer: its path and the reason.
     """
 
-    foldings: dict[int, Folding]
-    absorptions: tuple[Absorption, ...]
-    gated: dict[int, GatedShift]
-    linear: dict[int, str]
-
-    @property
-    def changed(self) -> dict[int, keras.layers.Layer]:
-        """The linear layers whose weights change, by their `id`."""
-        behind = [absorption.layer for absorption in self.absorptions]
-        in_front = [folding.linear for folding in self.foldings.values() if folding.linear is not None]
-        return {id(layer): layer for layer in (*behind, *in_front)}
+    foldings: Mapping[keras.Operation, Folding]
+    absorptions: Sequence[Absorption]
+    gated: Mapping[keras.Operation, GatedOffset]
+    contained: Mapping[keras.Operation, str]
+    reasons: Mapping[keras.Operation, tuple[str, str]]
 
 
-def make_fold_plan(graphs: list[Graph], through_gates: bool) -> FoldPlan:
+def plan_folding(graphs: Sequence[Graph], through_gates: bool) -> FoldPlan:
     """Decides about every normalization in `graphs`.
 
     Args:
         graphs: From `read_graphs`.
-        through_gates: Whether shifts are followed through the gates of squeeze-and-excite blocks.
+        through_gates: Whether offsets are followed through the gates of squeeze-and-excite blocks.
     """
-    calls = collections.Counter(id(call.operation) for graph in graphs for call in graph.calls)
-    foldings = {folding.path: folding for folding in _foldings(graphs, calls)}
-    # Everything is moved on at first, and then less where it does not arrive, until all that is moved arrives.
-    for path, folding in foldings.items():
-        has_rescaling = np.any(folding.output_scale != 1) or np.any(folding.output_offset != 0)
-        # A negative scale would turn the maximum of a pooling into the minimum.
-        if calls[id(folding.layer)] == 1 and has_rescaling and np.all(folding.output_scale > 0):
-            foldings[path] = dataclasses.replace(folding, moved=SHIFTED)
-    while True:
-        plan, lost = _try(graphs, calls, foldings, through_gates)
-        if not lost:
-            return plan
-        for path in lost:
-            folding = foldings[path]
-            can_scale = folding.moved == SHIFTED and not folding.is_linear and np.any(folding.output_scale != 1)
-            foldings[path] = dataclasses.replace(folding, moved=SCALED if can_scale else KEPT)
+    uses: dict[keras.Operation, list[tuple[Graph, Call]]] = {}
+    for graph in graphs:
+        for call in graph.calls:
+            if isinstance(call.operation, (*_FOLDABLE, NormalizationLayer, keras.layers.LayerNormalization)):
+                uses.setdefault(call.operation, []).append((graph, call))
+    foldings: dict[keras.Operation, Folding] = {}
+    contained, reasons = {}, {}
+    counts = count_calls(graphs)
+    for layer, used in uses.items():
+        path, reason = as_path(used[0][0], layer), _reason_to_leave(layer)
+        if reason is not None:
+            reasons[layer] = path, reason
+        elif isinstance(layer, KernelNormalization):
+            contained[layer] = path
+        else:
+            foldings[layer] = _into_preceding_layer(_folding(layer, path), used, counts)
+    moved, absorptions, gated = _move(graphs, foldings, counts, through_gates)
+    return FoldPlan(moved, absorptions, gated, contained, reasons)
 
 
-def _try(graphs, calls, foldings, through_gates):
-    """The plan by which all that `foldings` want to move is moved, and the paths of those with which it is not."""
-    by_layer = {id(folding.layer): folding for folding in foldings.values()}
-    gated: list[GatedShift] = []
-    absorptions, losses = follow_rescalings(
-        graphs, calls, lambda graph, call: _begun(by_layer, graph, call), gated if through_gates else None
-    )
-    linear = {
-        id(call.operation): graph.path + call.operation.name
-        for graph in graphs
-        for call in graph.calls
-        if isinstance(call.operation, KernelNormalization) and call.operation.inference_linear() is not None
+def _move(graphs, foldings, counts, through_gates):
+    """Starts by moving every scale and offset to the layers that follow, and retracts those that meet an obstacle.
+
+    Returns:
+        The foldings with what each of them moves; the absorptions; and the offsets that pass through gates.
+    """
+    moved = {
+        layer: dataclasses.replace(folding, moved=BOTH if _can_move(folding, counts) else NOTHING)
+        for layer, folding in foldings.items()
     }
-    plan = FoldPlan(by_layer, tuple(absorptions), {id(shift.layer): shift for shift in gated}, linear)
-    return plan, {source for loss in losses for source in loss.sources}
+    while True:
+        found = follow_rescalings(graphs, functools.partial(_begun, moved), through_gates=through_gates)
+        if not found.obstacles:
+            return moved, found.absorptions, {gated.layer: gated for gated in found.gated}
+        moved = {layer: _retracted(folding, found.obstacles) for layer, folding in moved.items()}
+
+
+def _can_move(folding, counts):
+    has_rescaling = np.any(folding.output_scale != 1) or np.any(folding.output_offset != 0)
+    # A negative scale would turn the maximum of a pooling into the minimum.
+    return counts[folding.layer] == 1 and has_rescaling and np.all(folding.output_scale > 0)
+
+
+def _retracted(folding: Folding, obstacles: Sequence[Obstacle]) -> Folding:
+    """`folding`, which moves less if what it moves meets one of `obstacles`."""
+    met = next((obstacle for obstacle in obstacles if folding.path in obstacle.sources), None)
+    if met is None:
+        return folding
+    can_scale = folding.moved == BOTH and not folding.is_linear and np.any(folding.output_scale != 1)
+    moved = SCALE if can_scale else NOTHING
+    return dataclasses.replace(folding, moved=moved, obstacle=folding.obstacle or met.reason)
 
 
 def _begun(foldings, graph, call):
-    folding = foldings.get(id(call.operation))
-    if folding is None or folding.moved == KEPT:
+    folding = foldings.get(call.operation)
+    if folding is None or folding.moved == NOTHING:
         return None
-    has_shift = folding.moved == SHIFTED
-    shift = folding.output_offset if has_shift else np.zeros_like(folding.output_offset)
-    axis = folding.axis % len(graph.shapes[call.inputs[0]])
-    return Rescaling(axis, (folding.path,), has_shift, lambda: (folding.output_scale, shift))
+    has_offset = folding.moved == BOTH
+    offset = folding.output_offset if has_offset else np.zeros_like(folding.output_offset)
+    axis = folding.axis % len(call.inputs[0].shape)
+    return Rescaling(axis, (folding.path,), has_offset, lambda: (folding.output_scale, offset))
 
 
-def _foldings(graphs, calls) -> Iterator[Folding]:
-    seen = set()
-    for graph in graphs:
-        for call in graph.calls:
-            layer = call.operation
-            if id(layer) in seen or not _is_foldable(layer):
-                continue
-            seen.add(id(layer))
-            folding = _folding(layer, graph.path + layer.name)
-            if type(layer) in (keras.layers.BatchNormalization, *_AFFINE_AT_INFERENCE) and calls[id(layer)] == 1:
-                folding = _into_layer_in_front(folding, graph, call, calls)
-            yield folding
-
-
-def _is_foldable(operation):
-    # The classes themselves: what a subclass does, nobody knows.
-    if type(operation) in (keras.layers.BatchNormalization, keras.layers.GroupNormalization):
-        return not isinstance(operation.axis, (list, tuple)) or len(operation.axis) == 1
-    if type(operation) in _AFFINE_AT_INFERENCE:
-        return operation.inference_affine() is not None
-    return type(operation) in (GroupNormProxy, LayerNormProxy, ProxyActivation)
+def _reason_to_leave(layer):
+    """Why a normalization stays what it is; None if it is folded."""
+    known = (*_FOLDABLE, *_WITH_LINEAR)
+    if not isinstance(layer, known):
+        return f"a {type(layer).__name__}, which looks at its inputs in a way of its own"
+    methods = overridden_methods(layer, known)
+    if methods:
+        return f"a subclass that overrides {', '.join(methods)}, so that it may compute something else"
+    if normalization_axis(layer) is None:
+        return f"its gamma and beta differ between positions: axis={layer.axis}"
+    if isinstance(layer, KernelNormalization):
+        return None if layer.inference_linear() is not None else "at inference it is no linear layer with constants"
+    if hasattr(layer, "inference_affine") and layer.inference_affine() is None:
+        return "its statistics depend on its input at inference"
+    return None
 
 
 def _folding(layer, path):
     activation, groups, epsilon = None, getattr(layer, "groups", None), getattr(layer, "epsilon", 0.0)
-    if type(layer) in _AFFINE_AT_INFERENCE:
-        groups, epsilon = None, 0.0
-        output_scale, output_offset = layer.inference_affine()
-        scale, offset = np.ones_like(output_scale), np.zeros_like(output_offset)
-    elif isinstance(layer, keras.layers.BatchNormalization):
-        scale, offset = _affine(layer, layer.moving_mean.shape[0])
-        output_scale = scale / np.sqrt(as_float64(layer.moving_variance) + epsilon)
-        output_offset = offset - as_float64(layer.moving_mean) * output_scale
-        scale, offset, epsilon = np.ones_like(scale), np.zeros_like(offset), 0.0
-    elif isinstance(layer, keras.layers.GroupNormalization):
-        output_scale, output_offset = _affine(layer, layer.input_spec.axes[channel_axis(layer)])
-        scale, offset = np.ones_like(output_scale), np.zeros_like(output_offset)
-    else:
+    if isinstance(layer, _PROXY_LAYERS):
         activation = layer.activation
         scale, offset, output_scale, output_offset = layer.inference_constants()
         elementwise = resolve_activation(activation)
@@ -228,14 +243,21 @@ def _folding(layer, path):
             scale, offset, output_scale, output_offset = output_scale, output_offset, scale, offset
         elif elementwise.is_homogeneous:
             scale, offset, output_scale = scale * output_scale, offset * output_scale, np.ones_like(scale)
+    else:
+        if isinstance(layer, keras.layers.GroupNormalization):
+            output_scale, output_offset = _affine(layer, layer.input_spec.axes[normalization_axis(layer)])
+        else:
+            groups, epsilon = None, 0.0
+            output_scale, output_offset = _affine_at_inference(layer)
+        scale, offset = np.ones_like(output_scale), np.zeros_like(output_offset)
     return Folding(
         layer=layer,
         path=path,
         groups=len(scale) if groups == -1 else groups,
-        axis=channel_axis(layer),
+        axis=normalization_axis(layer),
         epsilon=epsilon,
         activation=activation,
-        reads_mask=type(layer) is not keras.layers.GroupNormalization,
+        reads_mask=not isinstance(layer, keras.layers.GroupNormalization),
         scale=scale,
         offset=offset,
         output_scale=output_scale,
@@ -243,32 +265,43 @@ def _folding(layer, path):
     )
 
 
+def _affine_at_inference(layer):
+    """Scale and offset of a normalization by moving statistics."""
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        return layer.inference_affine()
+    scale, offset = _affine(layer, layer.moving_mean.shape[0])
+    scale = scale / np.sqrt(as_float64(layer.moving_variance) + layer.epsilon)
+    return scale, offset - as_float64(layer.moving_mean) * scale
+
+
 def _affine(layer, count):
     gamma = as_float64(layer.gamma) if layer.scale else np.ones(count)
     return gamma, (as_float64(layer.beta) if layer.center else np.zeros(count))
 
 
-def _into_layer_in_front(folding, graph, call, calls):
-    """`folding`, in the linear layer that makes the input if nothing else reads that."""
-    # A mask would be another one.
+def _into_preceding_layer(folding, used, counts):
+    """`folding`, absorbed by the linear layer that makes its input if nothing else reads that."""
+    graph, call = used[0]
     tensor = call.inputs[0]
-    linear = graph.operation(tensor)
+    linear: Any = graph.operation(tensor)
+    rank = len(tensor.shape)
     if (
-        type(linear) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE)
-        and linear.activation is keras.activations.linear
-        and calls[id(linear)] == 1
-        and len(graph.consumers(tensor)) == 1
-        and tensor not in graph.outputs
-        and why_weights_are_fixed(linear) is None
-        and folding.axis % len(graph.shapes[tensor]) == data_axis(linear, len(graph.shapes[tensor]))
+        folding.groups is not None
+        or isinstance(folding.layer, ProxyActivation)
+        or type(linear) not in LINEAR
+        or has_activation(linear)
+        or counts[linear] > 1
+        or counts[folding.layer] > 1
+        or not graph.is_read_once(tensor)
+        or fixed_weights_reason(linear) is not None
+        or folding.axis % rank != data_axis(linear, rank)
     ):
-        ones, zeros = np.ones_like(folding.scale), np.zeros_like(folding.scale)
-        return dataclasses.replace(
-            folding,
-            linear=linear,
-            scale=folding.output_scale,
-            offset=folding.output_offset,
-            output_scale=ones,
-            output_offset=zeros,
-        )
-    return folding
+        return folding
+    return dataclasses.replace(
+        folding,
+        linear=linear,
+        scale=folding.output_scale,
+        offset=folding.output_offset,
+        output_scale=np.ones_like(folding.scale),
+        output_offset=np.zeros_like(folding.scale),
+    )

@@ -1,4 +1,4 @@
-"""Which operations of a graph are activations that a normalization layer can contain."""
+"""Which operations of a graph are activations that a normalization layer can absorb."""
 
 import keras
 
@@ -52,7 +52,7 @@ _OTHER_OPERATIONS = ("Glu", "LogSoftmax", "Mish", "Softmax", "Sparsemax", "Thres
 
 
 def activation_of(operation: keras.Operation):
-    """The activation that `operation` applies and nothing else, as a layer can contain it; None if there is none."""
+    """The activation that `operation` applies and nothing else, as an argument of a layer; None if there is none."""
     activation = _activation(operation)
     if activation is None:
         return None
@@ -64,7 +64,7 @@ def activation_of(operation: keras.Operation):
 
 
 def looks_like_activation(operation: keras.Operation) -> bool:
-    """Whether it is an activation, be it one that a normalization layer can contain or not."""
+    """Whether it is an activation, one that a normalization layer can absorb or not."""
     if isinstance(operation, _LAYERS):
         return getattr(operation, "activation", None) is not keras.activations.linear
     known = (*_OPERATIONS, *_OPERATIONS_WITH_DEFAULTS, *_OPERATIONS_WITH_LAYERS, *_OTHER_OPERATIONS)
@@ -76,7 +76,7 @@ def _is_function(operation):
 
 
 def _activation(operation):
-    # The classes themselves: what a subclass does, nobody knows.
+    # The classes themselves: a subclass may do more.
     if type(operation) is keras.layers.Activation:
         return operation.activation
     if type(operation) is keras.layers.ReLU:

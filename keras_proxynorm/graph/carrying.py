@@ -1,33 +1,46 @@
 """Carries what a layer has learned, and whether it may learn, over to the layer that takes its place."""
 
 import tempfile
-import warnings
+from typing import Any
 
 import keras
 import numpy as np
 
-from keras_proxynorm.graph.reading import cannot_clone
+from keras_proxynorm.compat import copy_rematerialization
+from keras_proxynorm.compat import excludes_from_weight_decay
+from keras_proxynorm.compat import layers_inside
 
 __all__ = [
+    "cannot_clone",
     "carry_by_name",
     "carry_compile_state",
-    "carry_group_statistics",
     "carry_own_weights",
     "carry_state",
+    "copy_of",
     "dtype_of",
-    "late_regularizers",
+    "has_late_regularizers",
 ]
 
 
-def dtype_of(layer: keras.layers.Layer):
+def cannot_clone(operation: keras.Operation, error: Exception) -> ValueError:
+    """The error for a layer whose config does not make it again."""
+    return ValueError(
+        f"Layer '{operation.name}' ({type(operation).__name__}) cannot be cloned, because it cannot be made from its "
+        "config. Its class needs a `get_config()` with all arguments of its constructor, and custom functions in it "
+        "need `keras.saving.register_keras_serializable()`. "
+        f"Received: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    )
+
+
+def dtype_of(layer: Any) -> Any:
     """The dtype policy of a layer, as an argument for another one."""
     policy = layer.dtype_policy
     # Layers without a get_config of their own can be saved with a name only.
     return policy.name if type(policy) is keras.dtype_policies.DTypePolicy else policy
 
 
-def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True):
-    """Copies weights, what preprocessing layers have adapted to, and what is trainable from a layer to its clone.
+def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True) -> None:
+    """Copies the state of a layer to its clone: weights, what it has adapted to, what is trainable.
 
     Args:
         source: A layer that is built.
@@ -37,36 +50,44 @@ def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights:
     Raises:
         ValueError: If the clone has other weights than the layer, or the same.
     """
-    pairs = list(zip(*_layers_inside(source, target), strict=True))
+    pairs = _pairs_inside(source, target)
     # From the outside in, because setting it on a layer sets it on all layers inside.
     for old, new in pairs:
         new.trainable = old.trainable
+        copy_rematerialization(old, new)
     for old, new in zip(source.weights, target.weights, strict=True):
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in pairs:
-        if not weights and not hasattr(old, "adapt"):
-            continue
-        # As a file would be written and read, because layers such as Normalization derive more from their weights.
-        store: dict = {}
-        old.save_own_variables(store)
-        if store:
-            new.load_own_variables({name: _copy(value) for name, value in store.items()})
-        if hasattr(old, "save_assets"):
-            with tempfile.TemporaryDirectory() as folder:
-                old.save_assets(folder)
-                new.load_assets(folder)
+        if weights or hasattr(old, "adapt"):
+            _carry_as_a_file_would(old, new)
+    if weights:
+        # Exactly: a file merges the adapters of a layer into its kernel.
+        for old, new in zip(source.weights, target.weights, strict=True):
+            new.assign(copy_of(old))
 
 
-def _layers_inside(source, target):
-    layers = source._flatten_layers(), target._flatten_layers()
+def _pairs_inside(source, target):
+    layers = layers_inside(source), layers_inside(target)
     types = [[type(layer) for layer in inside] for inside in layers]
     shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (source, target)]
     if types[0] != types[1] or shapes[0] != shapes[1]:
         raise cannot_clone(source, ValueError(f"weights of the shapes {shapes[1]}, expected {shapes[0]}"))
     if {id(weight) for weight in source.weights} & {id(weight) for weight in target.weights}:
         raise cannot_clone(source, ValueError("a layer with the same variables, so that `get_config` holds a layer"))
-    return layers
+    return list(zip(*layers, strict=True))
+
+
+def _carry_as_a_file_would(old, new):
+    # Layers such as Normalization derive more from their weights, and others keep vocabularies.
+    store: dict = {}
+    old.save_own_variables(store)
+    if store:
+        new.load_own_variables({name: copy_of(value) for name, value in store.items()})
+    if hasattr(old, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
 
 
 def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weights: bool = True) -> list[str]:
@@ -78,6 +99,7 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
         The names of the weights that were copied.
     """
     target.trainable = source.trainable
+    copy_rematerialization(source, target)
     known = {weight.name: weight for weight in source.weights}
     copied = []
     for weight in target.weights:
@@ -86,25 +108,9 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
             if source.trainable and not old.trainable:
                 weight.trainable = False
             if weights:
-                weight.assign(_copy(old))
+                weight.assign(copy_of(old))
                 copied.append(weight.name)
     return copied
-
-
-def carry_group_statistics(source: keras.layers.BatchNormalization, target: keras.layers.Layer) -> bool:
-    """Sets moving statistics of groups of channels to what those of the channels say of the groups.
-
-    Returns:
-        Whether that was possible: groups of parts of channels have statistics that no channel tells.
-    """
-    mean, variance = _copy(source.moving_mean), _copy(source.moving_variance)
-    groups = target.moving_mean.shape[0]
-    if len(mean) % groups:
-        return False
-    mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
-    target.moving_mean.assign(mean.mean(1))
-    target.moving_variance.assign(variance.mean(1) + mean.var(1))
-    return True
 
 
 def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: keras.Model, weights: bool = True) -> bool:
@@ -120,16 +126,17 @@ def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: ker
     for old, new in zip(own, others, strict=True):
         new.trainable = old.trainable
         if weights:
-            new.assign(_copy(old))
+            new.assign(copy_of(old))
     return True
 
 
-def _copy(weight):
+def copy_of(weight: Any) -> np.ndarray:
+    """The value of a weight, as an array of its own."""
     # On JAX an assigned array is shared, and a function that is given the one model's may destroy the other's.
     return np.array(keras.ops.convert_to_numpy(weight))
 
 
-def late_regularizers(source: keras.layers.Layer, target: keras.layers.Layer) -> bool:
+def has_late_regularizers(source: keras.layers.Layer, target: keras.layers.Layer) -> bool:
     """Whether a regularizer was set on a layer after it was built: it does nothing there, but acts in the clone."""
     if len(source.weights) != len(target.weights):
         return False
@@ -146,17 +153,14 @@ def carry_compile_state(source: keras.Model, target: keras.Model) -> list[str]:
     if not source.compiled:
         return []
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
-            target.compile_from_config(source.get_compile_config())
+        target.compile_from_config(source.get_compile_config())
     except Exception as error:  # whatever a custom loss or metric raises when it is made from its config
         reason = " ".join(str(error).split())[:300]
         return [
             f"The model was compiled, but the new one could not be ({type(error).__name__}: {reason}). "
             "Call `compile` on it."
         ]
-    optimizer = getattr(source.optimizer, "inner_optimizer", source.optimizer)
-    if any(getattr(optimizer, f"_exclude_from_weight_decay{kind}", None) for kind in ("", "_pattern")):
+    if excludes_from_weight_decay(getattr(source.optimizer, "inner_optimizer", source.optimizer)):
         return [
             "What was excluded from weight decay is not known to the new optimizer. Call `compile` with one for which "
             "`keras_proxynorm.exclude_norm_from_weight_decay(optimizer, model)` was called."

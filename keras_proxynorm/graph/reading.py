@@ -1,45 +1,68 @@
-"""Reads a functional or sequential model as a graph: which operation reads which tensor."""
+"""Reads a functional or sequential model as a graph: which call of an operation reads which tensor."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import keras
+
+from keras_proxynorm.compat import nodes_of
 
 __all__ = [
     "Call",
     "Graph",
-    "Tensor",
-    "cannot_clone",
+    "as_path",
     "check_readable",
+    "count_calls",
     "is_functional",
     "is_sequential",
     "nested_model",
     "read_graphs",
+    "tensors_in",
 ]
 
 
-class Tensor(NamedTuple):
-    """The place of a tensor in a graph: an output of call `node` of the operation of this name."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operation: of a layer, of a nested model, or of a function of `keras.ops`.
 
-    operation: str
-    node: int
-    output_index: int
-
-
-class Call(NamedTuple):
-    """One call of an operation (a layer, a nested model or a function of keras.ops)."""
+    Attributes:
+        operation: The operation.
+        args: Its positional arguments, with the symbolic tensors of the model in them.
+        kwargs: Its keyword arguments.
+        outputs: The tensors that it returns.
+    """
 
     operation: keras.Operation
-    node: int
-    inputs: tuple[Tensor, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[keras.KerasTensor, ...]
+
+    @functools.cached_property
+    def inputs(self) -> tuple[keras.KerasTensor, ...]:
+        """All tensors that it reads, however they are passed."""
+        return tensors_in((self.args, self.kwargs))
 
     @property
-    def output(self) -> Tensor:
-        return Tensor(self.operation.name, self.node, 0)
+    def output(self) -> keras.KerasTensor:
+        return self.outputs[0]
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by the names that the `call` of the operation gives them."""
+        # That of the class: the one of the object may be hooked by somebody who observes it.
+        bound = inspect.signature(type(self.operation).call).bind(self.operation, *self.args, **self.kwargs)
+        return dict(list(bound.arguments.items())[1:])
 
 
-@dataclass(frozen=True)
+def tensors_in(structure) -> tuple[keras.KerasTensor, ...]:
+    """The symbolic tensors in a nested structure of arguments."""
+    return tuple(x for x in keras.tree.flatten(structure) if isinstance(x, keras.KerasTensor))
+
+
+@dataclass(frozen=True, eq=False)
 class Graph:
     """The calls of one model.
 
@@ -47,58 +70,85 @@ class Graph:
         model: The functional or sequential model.
         path: Its path in the outermost model, such as `"classifier/backbone/"`; empty for the outermost.
         functional: A plain functional model of the same tensors: not compiled, and of no class of its own.
-        operations: Its operations by name.
-        calls: All calls but those of the input layers.
-        inputs: The names of the input layers.
-        outputs: The tensors that the model returns.
-        shapes: The shapes of the tensors that are read by a call.
-        dtypes: Their dtypes.
+        calls: All calls but those of the input layers, each after those that it reads.
     """
 
     model: keras.Model
     path: str
     functional: keras.Model
-    operations: dict[str, keras.Operation]
     calls: tuple[Call, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[Tensor, ...]
-    shapes: dict[Tensor, tuple]
-    dtypes: dict[Tensor, str]
 
-    def operation(self, tensor: Tensor) -> keras.Operation:
-        """The operation that `tensor` comes from."""
-        return self.operations[tensor.operation]
+    @property
+    def inputs(self) -> list[keras.KerasTensor]:
+        return self.functional.inputs
 
-    def consumers(self, tensor: Tensor) -> list[Call]:
-        return [call for call in self.calls if tensor in call.inputs]
+    @property
+    def outputs(self) -> list[keras.KerasTensor]:
+        """The tensors that the model returns."""
+        return self.functional.outputs
+
+    @functools.cached_property
+    def operations(self) -> list[keras.Operation]:
+        """All operations, the input layers too, in the order of the model."""
+        return list(self.functional.operations)
+
+    @functools.cached_property
+    def _makers(self) -> dict[keras.KerasTensor, Call]:
+        return {tensor: call for call in self.calls for tensor in call.outputs}
+
+    @functools.cached_property
+    def _consumers(self) -> dict[keras.KerasTensor, list[Call]]:
+        consumers: dict[keras.KerasTensor, list[Call]] = {}
+        for call in self.calls:
+            for tensor in dict.fromkeys(call.inputs):
+                consumers.setdefault(tensor, []).append(call)
+        return consumers
+
+    def maker(self, tensor: keras.KerasTensor) -> Call | None:
+        """The call that `tensor` comes from; None for an input of the model."""
+        return self._makers.get(tensor)
+
+    def operation(self, tensor: keras.KerasTensor) -> keras.Operation | None:
+        """The operation that `tensor` comes from; None for an input of the model."""
+        call = self.maker(tensor)
+        return None if call is None else call.operation
+
+    def consumers(self, tensor: keras.KerasTensor) -> list[Call]:
+        """The calls that read `tensor`."""
+        return self._consumers.get(tensor, [])
+
+    def is_output(self, tensor: keras.KerasTensor) -> bool:
+        """Whether the model returns `tensor`."""
+        return any(tensor is output for output in self.outputs)
+
+    def is_read_once(self, tensor: keras.KerasTensor) -> bool:
+        """Whether one call reads `tensor`, and the model does not return it."""
+        return len(self.consumers(tensor)) == 1 and not self.is_output(tensor)
 
     def returns(self, operation: keras.Operation) -> bool:
         """Whether an output of the model is one of `operation`."""
         return any(self.operation(tensor) is operation for tensor in self.outputs)
 
-    def calls_of(self, operation: keras.Operation) -> list[Call]:
-        return [call for call in self.calls if call.operation is operation]
 
-
-def is_sequential(operation) -> bool:
+def is_sequential(operation: Any) -> bool:
     """Whether it is a sequential model."""
     return isinstance(operation, keras.Sequential)
 
 
-def is_functional(operation) -> bool:
+def is_functional(operation: Any) -> bool:
     """Whether it is a functional model, of whatever class."""
     # Keras does not export the class; of all models only functional ones know their operations.
     return isinstance(operation, keras.Model) and hasattr(operation, "operations")
 
 
-def nested_model(operation) -> keras.Model | None:
+def nested_model(operation: Any) -> keras.Model | None:
     """The model that an operation runs: itself, or the model inside a `TimeDistributed`; None if there is none."""
     if isinstance(operation, keras.layers.TimeDistributed):
         operation = operation.layer
     return operation if is_functional(operation) or is_sequential(operation) else None
 
 
-def check_readable(model):
+def check_readable(model: Any) -> None:
     """Raises a ValueError unless `model` has a graph to read: it is functional or sequential, and built."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
@@ -122,7 +172,7 @@ def check_readable(model):
 
 def read_graphs(model: keras.Model) -> list[Graph]:
     """The graphs of `model` and of all models nested in it, each once, outermost first."""
-    graphs = {}
+    graphs: dict[int, Graph] = {}
 
     def read(model, path):
         if id(model) not in graphs:
@@ -130,74 +180,30 @@ def read_graphs(model: keras.Model) -> list[Graph]:
             for call in graph.calls:
                 nested = nested_model(call.operation)
                 if nested is not None:
-                    read(nested, f"{path}{call.operation.name}/")
+                    read(nested, as_path(graph, call.operation) + "/")
 
     read(model, "")
     return list(graphs.values())
 
 
 def _read_graph(model, path):
-    # Custom classes of models have a config of their own, so the graph is read from a plain model of the same tensors.
+    # Custom classes of models may override what is read here, so it is read from a plain model of the same tensors.
     # `input` of a sequential model that was called is that of the call.
     inputs, outputs = (model.inputs, model.outputs) if is_sequential(model) else (model.input, model.output)
     functional = keras.Model(inputs, outputs, name=model.name)
-    try:
-        config = functional.get_config()
-    except Exception:
-        # Which layer it was, Keras does not say.
-        for operation in functional.operations:
-            try:
-                keras.saving.serialize_keras_object(operation)
-            except Exception as error:
-                raise cannot_clone(operation, error) from error
-        raise
-    operations = {operation.name: operation for operation in functional.operations}
-    calls, shapes, dtypes = [], {}, {}
-    for operation_config in config["layers"]:
-        operation = operations[operation_config["name"]]
-        for node, node_config in enumerate(operation_config["inbound_nodes"]):
-            read = list(_tensors(node_config))
-            calls.append(Call(operation, node, tuple(tensor for tensor, _ in read)))
-            shapes.update((tensor, tuple(config["shape"])) for tensor, config in read)
-            dtypes.update((tensor, config["dtype"]) for tensor, config in read)
-    return Graph(
-        model=model,
-        path=path,
-        functional=functional,
-        operations=operations,
-        calls=tuple(calls),
-        inputs=tuple(keras.tree.flatten(config["input_layers"])[::3]),
-        outputs=tuple(_output(operations, *place) for place in _in_threes(keras.tree.flatten(config["output_layers"]))),
-        shapes=shapes,
-        dtypes=dtypes,
-    )
+    calls = [Call(*node[:4]) for node in nodes_of(functional) if not node.is_input]
+    return Graph(model, path, functional, tuple(calls))
 
 
-def _output(operations, name, node, output_index):
-    # Functional models are born with a node, which is counted here and only here.
-    return Tensor(name, node - is_functional(operations[name]), output_index)
+def as_path(graph: Graph, operation: keras.Operation) -> str:
+    """The name of an operation, preceded by the names of the models that it is nested in."""
+    return graph.path + operation.name
 
 
-def _tensors(config) -> Iterator[tuple[Tensor, dict]]:
-    if isinstance(config, dict) and config.get("class_name") == "__keras_tensor__":
-        yield Tensor(*config["config"]["keras_history"]), config["config"]
-    elif isinstance(config, dict):
-        for value in config.values():
-            yield from _tensors(value)
-    elif isinstance(config, (list, tuple)):
-        for value in config:
-            yield from _tensors(value)
-
-
-def _in_threes(flat):
-    return [flat[i : i + 3] for i in range(0, len(flat), 3)]
-
-
-def cannot_clone(operation: keras.Operation, error: Exception) -> ValueError:
-    """The error for a layer whose config does not make it again."""
-    return ValueError(
-        f"Layer '{operation.name}' ({type(operation).__name__}) cannot be cloned, because it cannot be made from its "
-        "config. Its class needs a `get_config()` with all arguments of its constructor, and custom functions in it "
-        "need `keras.saving.register_keras_serializable()`. "
-        f"Received: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    )
+def count_calls(graphs: Iterable[Graph]) -> dict[keras.Operation, int]:
+    """How often each operation is called in all graphs."""
+    counts: dict[keras.Operation, int] = {}
+    for graph in graphs:
+        for call in graph.calls:
+            counts[call.operation] = counts.get(call.operation, 0) + 1
+    return counts

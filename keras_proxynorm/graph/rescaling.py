@@ -1,82 +1,91 @@
-"""Follows a scale and a shift of each channel through a model, to the linear layers whose weights can take them in."""
+"""Follows a scale and an offset of each channel through a model, to the linear layers that can absorb them."""
 
-import graphlib
 import math
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
 from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
-from keras_proxynorm.graph.layer_kinds import DEPTHWISE
+from keras_proxynorm.graph.layer_kinds import LINEAR
 from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.graph.layer_kinds import SEPARABLE
 from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import has_activation
 from keras_proxynorm.graph.layer_kinds import pads_with_zeros
 from keras_proxynorm.graph.layer_kinds import passes_affine
-from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.linear_weights import fixed_weights_reason
 from keras_proxynorm.graph.reading import Call
 from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import as_path
+from keras_proxynorm.graph.reading import count_calls
 from keras_proxynorm.graph.reading import nested_model
 
-__all__ = ["Absorption", "GatedShift", "Loss", "Rescaling", "follow_rescalings"]
+__all__ = ["Absorption", "Followed", "GatedOffset", "Obstacle", "Rescaling", "follow_rescalings"]
 
 
 class Rescaling(NamedTuple):
-    """What the values of a tensor of the new model meant in the old one: ``scale * value + shift`` for each channel.
+    """What the values of a tensor of the new model meant in the old one: ``scale * value + offset`` for each channel.
 
     Attributes:
         axis: The channel axis.
         sources: The paths of the normalizations that it comes from.
-        has_shift: Whether there is a shift, or a positive scale alone.
-        values: Computes scale and shift, two NumPy vectors.
+        has_offset: Whether there is an offset, or a positive scale alone.
+        values: Computes scale and offset, two NumPy vectors.
     """
 
     axis: int
     sources: tuple[str, ...]
-    has_shift: bool
+    has_offset: bool
     values: Callable[[], tuple[np.ndarray, np.ndarray]]
 
+    def without_offset(self) -> "Rescaling":
+        def values():
+            scale, offset = self.values()
+            return scale, np.zeros_like(offset)
 
-@dataclass(frozen=True)
+        return self._replace(has_offset=False, values=values)
+
+
+@dataclass(frozen=True, eq=False)
 class Absorption:
-    """A layer whose weights can take in a rescaling of its input.
+    """A layer whose weights can absorb a rescaling of its input.
 
     Attributes:
         layer: The layer of the old model.
-        path: Its name, behind the names of the models that it is nested in.
+        path: Its name, preceded by the names of the models that it is nested in.
         rescaling: That of its input.
     """
 
-    layer: keras.layers.Layer
+    layer: Any
     path: str
     rescaling: Rescaling
 
 
-class GatedShift(NamedTuple):
-    """A shift in front of a product with a gate, ``gate * (x + shift)``, that a linear layer reads.
+@dataclass(frozen=True, eq=False)
+class GatedOffset:
+    """An offset before a product with a gate, ``gate * (x + offset)``, that a linear layer reads.
 
-    The layer computes the same of ``gate * x`` if what it makes of ``gate * shift`` is added to its output: a linear
+    The layer computes the same of ``gate * x`` if what it makes of ``gate * offset`` is added to its output: a linear
     function of the gate, which has no positions.
 
     Attributes:
         layer: The linear layer, with kernels of size 1.
-        product: The multiplication.
-        gate: The index of the gate among its inputs.
-        rescaling: That of the other input.
+        gate: The gate, a tensor of the old model.
+        rescaling: That of the other input of the product.
     """
 
-    layer: keras.layers.Layer
-    product: keras.layers.Layer
-    gate: int
+    layer: Any
+    gate: keras.KerasTensor
     rescaling: Rescaling
 
 
-class Loss(NamedTuple):
-    """A place where a rescaling can neither be taken in nor passed on.
+class Obstacle(NamedTuple):
+    """A place where a rescaling is neither absorbed nor passed on.
 
     Attributes:
         path: The layer or the output.
@@ -89,79 +98,78 @@ class Loss(NamedTuple):
     sources: tuple[str, ...]
 
 
+class Followed(NamedTuple):
+    """Where rescalings lead: to layers that absorb them, through gates, and to obstacles."""
+
+    absorptions: list[Absorption]
+    gated: list[GatedOffset]
+    obstacles: list[Obstacle]
+
+
 def follow_rescalings(
-    graphs: list[Graph],
-    calls: Mapping[int, int],
+    graphs: Sequence[Graph],
     source: Callable[[Graph, Call], Rescaling | None],
-    gated: list[GatedShift] | None = None,
+    *,
+    through_gates: bool = False,
     approximate: bool = False,
-) -> tuple[list[Absorption], list[Loss]]:
-    """Follows the rescaled outputs of some layers to the linear layers that read them.
+) -> Followed:
+    """Follows the rescaled outputs of some calls to the linear layers that read them.
 
     Args:
         graphs: From `read_graphs`.
-        calls: How often an operation is called in all graphs, by its `id`.
         source: The rescaling that begins with a call, in place of any that its inputs have; None for most.
-        gated: If given, shifts are followed through gates, too, and what that takes is appended to this list.
-        approximate: If True, shifts are also followed through zero padding, where they are off at the border, and
-            scales through gates, where the shift is lost.
+        through_gates: Whether offsets are followed through the gates of squeeze-and-excite blocks, too.
+        approximate: If True, offsets are also followed through zero padding, where they are off at the border, and
+            scales through gates, where the offset is lost.
 
     Returns:
-        The layers that can take a rescaling in, exactly unless `approximate`, and the places where that is not
-        possible.
+        The layers that can absorb a rescaling, exactly unless `approximate`; the offsets that pass through gates; and
+        the places where neither is possible.
     """
-    return _Search(graphs, calls, source, gated, approximate).run()
+    return _Search(graphs, source, through_gates, approximate).run()
 
 
 class _Search:
-    def __init__(self, graphs, calls, source, gated, approximate):
-        self.graphs = {id(graph.model): graph for graph in graphs}
+    def __init__(self, graphs, source, through_gates, approximate):
+        self.graphs: Mapping[int, Graph] = {id(graph.model): graph for graph in graphs}
         self.outermost = graphs[0]
-        self.calls = calls
+        self.calls = count_calls(graphs)
         self.source = source
-        self.gated = gated
+        self.through_gates = through_gates
         self.approximate = approximate
         self.results: dict[int, list] = {}
-        self.absorptions: list[Absorption] = []
-        self.losses: list[Loss] = []
+        self.found = Followed([], [], [])
 
     def run(self):
         graph = self.outermost
         for tensor, rescaling in zip(graph.outputs, self.outputs(graph), strict=True):
             if rescaling is not None:
-                self.lose([rescaling], graph.path + tensor.operation, "it is an output of the model")
-        return self.absorptions, self.losses
+                self.stop([rescaling], as_path(graph, graph.operation(tensor)), "it is an output of the model")
+        return self.found
 
-    def lose(self, rescalings, path, reason):
+    def stop(self, rescalings, path, reason):
         sources = tuple(source for rescaling in rescalings for source in rescaling.sources)
-        self.losses.append(Loss(path, reason, sources))
+        self.found.obstacles.append(Obstacle(path, reason, sources))
 
     def outputs(self, graph: Graph):
         """The rescaling of each output of `graph`, or None."""
         if id(graph.model) not in self.results:
-            self.results[id(graph.model)] = self.follow(graph)
+            rescalings: dict[keras.KerasTensor, Rescaling | None] = {}
+            for call in graph.calls:
+                given = [rescalings.get(tensor) for tensor in call.inputs]
+                after = self.after(graph, call, given)
+                rescalings.update(zip(call.outputs, after, strict=False))
+            self.results[id(graph.model)] = [rescalings.get(tensor) for tensor in graph.outputs]
         return self.results[id(graph.model)]
 
-    def follow(self, graph):
-        makers = {call.output[:2]: call for call in graph.calls}
-        order = graphlib.TopologicalSorter({place: [x[:2] for x in call.inputs] for place, call in makers.items()})
-        rescalings = {}
-        for place in order.static_order():
-            if place in makers:
-                call = makers[place]
-                given = [rescalings.get(tensor) for tensor in call.inputs]
-                for index, rescaling in enumerate(self.behind(graph, call, given)):
-                    rescalings[call.output._replace(output_index=index)] = rescaling
-        return [rescalings.get(tensor) for tensor in graph.outputs]
-
-    def behind(self, graph, call, given):
+    def after(self, graph, call, given):
         """The rescalings of the outputs of `call`, from those of its inputs."""
-        operation, path = call.operation, graph.path + call.operation.name
+        operation, path = call.operation, as_path(graph, call.operation)
         rescaled = [rescaling for rescaling in given if rescaling is not None]
         begun = self.source(graph, call)
         if begun is not None:
             if rescaled:
-                self.lose(rescaled, path, f"{type(operation).__name__}, whose statistics it changes")
+                self.stop(rescaled, path, f"{type(operation).__name__}, whose statistics it changes")
             return [begun]
         nested = nested_model(operation)
         rescalings = [] if nested is None else self.outputs(self.graphs[id(nested)])
@@ -172,60 +180,56 @@ class _Search:
         passed = self.passed(graph, call, given)
         if passed is not None:
             return [passed]
-        reason = self.why_not(operation, given[0], call.inputs[0], graph)
+        reason = self.obstacle(operation, given[0], call)
         if reason is None:
-            self.absorptions.append(Absorption(operation, path, given[0]))
+            self.found.absorptions.append(Absorption(operation, path, given[0]))
         else:
-            self.lose(rescaled, path, reason)
+            self.stop(rescaled, path, reason)
         return rescalings
 
     def passed(self, graph, call, given):
         """The rescaling of the output of `call`, if it passes those of its inputs on; else None."""
-        operation, shapes = call.operation, self.shapes(graph, call)
+        operation, shapes = call.operation, [tensor.shape for tensor in call.inputs]
         passed = _passed(operation, self.without_gated(graph, call, given), shapes)
         if passed is None and self.approximate:
             if pads_with_zeros(operation):
                 return _through(operation, given[0], shapes[0])
             if type(operation) is keras.layers.Multiply:
-                return _multiplied(operation, [rescaling and _without_shift(rescaling) for rescaling in given], shapes)
+                return _multiplied(operation, [x and x.without_offset() for x in given], shapes)
         return passed
 
-    def shapes(self, graph, call):
-        return [graph.shapes[tensor] for tensor in call.inputs]
-
     def without_gated(self, graph, call, given):
-        """The rescalings of the inputs of `call`, without a shift for which its reader can make up."""
-        readers = graph.consumers(call.output)
-        if self.gated is None or type(call.operation) is not keras.layers.Multiply or len(given) != 2:
+        """The rescalings of the inputs of `call`, without an offset that its consumer can make up for."""
+        if not self.through_gates or type(call.operation) is not keras.layers.Multiply or len(given) != 2:
             return given
-        shifted = [index for index, rescaling in enumerate(given) if rescaling is not None and rescaling.has_shift]
-        if len(shifted) != 1 or given[1 - shifted[0]] is not None or len(readers) != 1 or call.output in graph.outputs:
+        with_offset = [index for index, rescaling in enumerate(given) if rescaling is not None and rescaling.has_offset]
+        if len(with_offset) != 1 or given[1 - with_offset[0]] is not None or not graph.is_read_once(call.output):
             return given
-        (index,), (reader,) = shifted, readers
-        rescaling, shape = given[index], self.shapes(graph, call)[1 - index]
-        positions = {size for axis, size in enumerate(shape[1:], start=1) if axis != rescaling.axis}
-        layer, scaled = reader.operation, _without_shift(rescaling)
+        (index,), (consumer,) = with_offset, graph.consumers(call.output)
+        gate, rescaling, layer = call.inputs[1 - index], given[index], consumer.operation
+        positions = {size for axis, size in enumerate(gate.shape[1:], start=1) if axis != rescaling.axis}
+        scaled = rescaling.without_offset()
         if (
             type(layer) not in CONVOLUTIONS
             or set(layer.kernel_size) != {1}
             or layer.groups > 1
             or positions != {1}
-            or layer.activation is not keras.activations.linear
-            or self.calls[id(call.operation)] > 1
-            or self.why_not(layer, scaled, call.output, graph) is not None
+            or has_activation(layer)
+            or self.calls[call.operation] > 1
+            or self.obstacle(layer, scaled, consumer) is not None
         ):
             return given
-        self.gated.append(GatedShift(layer, call.operation, 1 - index, rescaling))
+        self.found.gated.append(GatedOffset(layer, gate, rescaling))
         return [scaled if i == index else None for i in range(2)]
 
-    def why_not(self, operation, rescaling, tensor, graph):
-        """Why the weights of `operation` cannot take `rescaling` in; None if they can."""
+    def obstacle(self, operation, rescaling, call):
+        """Why the weights of `operation` cannot absorb `rescaling`; None if they can."""
         kind = type(operation).__name__
-        if type(operation) in (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE, *SEPARABLE):
-            axis = data_axis(operation, len(graph.shapes[tensor]))
+        if type(operation) in LINEAR:
+            axis = data_axis(operation, len(call.inputs[0].shape))
             padding = getattr(operation, "padding", "valid")
-            shifts = (rescaling is None or rescaling.has_shift) and not self.approximate
-            if shifts and padding != "valid" and set(operation.kernel_size) != {1}:
+            has_offset = (rescaling is None or rescaling.has_offset) and not self.approximate
+            if has_offset and padding != "valid" and set(operation.kernel_size) != {1}:
                 return f"{kind} with padding='{padding}', which has zeros where the offset would have to be"
         elif isinstance(operation, NORMALIZATIONS):
             return f"{kind}, whose statistics it changes"
@@ -234,25 +238,19 @@ class _Search:
         elif pads_with_zeros(operation):
             return f"{kind}, which has zeros where the offset would have to be"
         else:
-            return f"{kind}, which does not take it back or pass it on"
+            return f"{kind}, which neither absorbs it nor passes it on"
         if rescaling is None or rescaling.axis != axis:
             return f"{kind} along another axis than that of the channels"
-        if self.calls[id(operation)] > 1:
+        if len(call.inputs) > 1:
+            return f"{kind} that reads further tensors"
+        if self.calls[operation] > 1:
             return f"{kind} that is called more than once"
-        return why_weights_are_fixed(operation)
-
-
-def _without_shift(rescaling):
-    def values():
-        scale, shift = rescaling.values()
-        return scale, np.zeros_like(shift)
-
-    return rescaling._replace(has_shift=False, values=values)
+        return fixed_weights_reason(operation)
 
 
 def _passed(operation, given, shapes):
     """The rescaling of the output of an operation that passes those of its inputs on; None if it does not."""
-    if passes_affine(operation) or (pads_with_zeros(operation) and not given[0].has_shift):
+    if passes_affine(operation) or (pads_with_zeros(operation) and not given[0].has_offset):
         return _through(operation, given[0], shapes[0])
     passes = _PASSES.get(type(operation))
     return passes and passes(operation, given, shapes)
@@ -277,8 +275,8 @@ def _flattened(layer, given, shapes):
 
     def values():
         # Also for channels_first, because keras.layers.Flatten moves the channels to the back first.
-        scale, shift = rescaling.values()
-        return np.tile(scale, count), np.tile(shift, count)
+        scale, offset = rescaling.values()
+        return np.tile(scale, count), np.tile(offset, count)
 
     return rescaling._replace(axis=1, values=values)
 
@@ -301,31 +299,31 @@ def _concatenated(layer, given, shapes):
             (np.ones(shape[axis]), np.zeros(shape[axis])) if rescaling is None else rescaling.values()
             for rescaling, shape in zip(given, shapes, strict=True)
         ]
-        scales, shifts = zip(*parts, strict=True)
-        return np.concatenate(scales), np.concatenate(shifts)
+        scales, offsets = zip(*parts, strict=True)
+        return np.concatenate(scales), np.concatenate(offsets)
 
     rescaled = [rescaling for rescaling in given if rescaling is not None]
     sources = tuple(source for rescaling in rescaled for source in rescaling.sources)
-    return Rescaling(axis, sources, any(rescaling.has_shift for rescaling in rescaled), values)
+    return Rescaling(axis, sources, any(rescaling.has_offset for rescaling in rescaled), values)
 
 
 def _multiplied(layer, given, shapes):
     rescaled = [rescaling for rescaling in given if rescaling is not None]
     axes = {rescaling.axis for rescaling in rescaled}
-    if len(axes) > 1 or any(rescaling.has_shift for rescaling in rescaled):
+    if len(axes) > 1 or any(rescaling.has_offset for rescaling in rescaled):
         return None
     (axis,) = axes
     if len({len(shape) for shape in shapes}) > 1 or len({shape[axis] for shape in shapes}) > 1:
         return None
 
     def values():
-        scales, shifts = zip(*(rescaling.values() for rescaling in rescaled), strict=True)
-        return math.prod(scales), shifts[0]
+        scales, offsets = zip(*(rescaling.values() for rescaling in rescaled), strict=True)
+        return math.prod(scales), offsets[0]
 
     return Rescaling(axis, tuple(source for rescaling in rescaled for source in rescaling.sources), False, values)
 
 
-# The classes themselves: what a subclass does, nobody knows.
+# The classes themselves: a subclass may do more.
 _PASSES = {
     keras.layers.Concatenate: _concatenated,
     keras.layers.Flatten: _flattened,

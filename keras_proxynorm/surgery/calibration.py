@@ -1,20 +1,22 @@
-"""Sets scales, offsets and proxies of new layers so that on some data they do what the old ones do, channel by channel.
+"""Sets gamma, beta and proxy of new layers so that on a batch they do what the old ones do, channel by channel.
 
-With other statistics, a normalization gives each channel another mean and standard deviation, of which the copied
-scales and offsets know nothing. Here they are set so that what goes into the activation has the mean and the standard
-deviation over the data that it had in the old model, and the proxy is set to those of the normalized input.
+With other statistics, a normalization gives each channel another mean and standard deviation, which the copied gamma
+and beta do not account for. Here they are set so that the input of the activation has the mean and the standard
+deviation over the batch that it had in the old model, and the proxy is set to those of the normalized input.
 """
 
 from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.observation.calls import channel_moments
 from keras_proxynorm.observation.calls import observed
 from keras_proxynorm.observation.calls import visit_normalized_inputs
+from keras_proxynorm.observation.channels import channel_moments
 
 __all__ = ["ChannelMoments", "calibrate_layers", "can_calibrate", "channel_moments_of_outputs", "set_affine"]
 
@@ -31,51 +33,50 @@ def can_calibrate(layer: keras.layers.Layer) -> bool:
 
 
 def channel_moments_of_outputs(
-    model: keras.Model, layers: Iterable[tuple[keras.layers.Layer, int]], data
-) -> dict[int, ChannelMoments]:
+    model: keras.Model, layers: Iterable[tuple[Any, int]], batch: Any
+) -> dict[Any, ChannelMoments]:
     """Runs a model and looks at the outputs of some of its layers.
 
     Args:
         model: A model.
         layers: Pairs of layers and the channel axes of their outputs.
-        data: A batch of inputs, as for a call of the model.
+        batch: A batch of inputs, as for a call of the model.
 
     Returns:
-        Dict of the `ChannelMoments` of the first output of each layer, by the layer's `id`.
+        Dict of the `ChannelMoments` of the output of the first call of each layer, by the layer.
     """
-    found: dict[int, ChannelMoments] = {}
-    axes = {id(layer): axis for layer, axis in layers}
+    found: dict[Any, ChannelMoments] = {}
+    axes = dict(layers)
 
     def observe(name, layer, call, args, kwargs):
         outputs = call(*args, **kwargs)
-        if id(layer) not in found:
-            found[id(layer)] = channel_moments(outputs, axes[id(layer)])
+        if layer not in found:
+            found[layer] = channel_moments(outputs, axes[layer])
         return outputs
 
-    with observed({str(id(layer)): layer for layer, _ in layers}, observe):
-        model(data, training=False)
+    with observed({str(id(layer)): layer for layer in axes}, observe):
+        model(batch, training=False)
     return found
 
 
-def calibrate_layers(model: keras.Model, wanted: Iterable[tuple[keras.layers.Layer, ChannelMoments]], data) -> None:
-    """Sets scales, offsets and proxies of layers, each when what comes before it is set already.
+def calibrate_layers(model: keras.Model, wanted: Mapping[Any, ChannelMoments], batch: Any) -> None:
+    """Sets gamma, beta and proxy of layers, each when what comes before it is set already.
 
     Args:
         model: A model.
-        wanted: Pairs of layers for which `can_calibrate`, and the moments that the input of their activation, or their
-            output without one, is to have.
-        data: A batch of inputs, as for a call of the model.
+        wanted: For layers for which `can_calibrate`: the moments that the input of their activation, or their output
+            without one, is to have.
+        batch: A batch of inputs, as for a call of the model.
     """
-    moments = {id(layer): value for layer, value in wanted}
 
     def calibrate(layer, mean, stddev):
-        _calibrate(layer, mean, stddev, *moments[id(layer)])
+        _calibrate(layer, mean, stddev, *wanted[layer])
 
-    visit_normalized_inputs(model, [layer for layer, _ in wanted], data, calibrate)
+    visit_normalized_inputs(model, wanted, batch, calibrate)
 
 
-def set_affine(layer: keras.layers.Layer, mean: np.ndarray, stddev: np.ndarray) -> None:
-    """Sets scale and offset so that a channel that is as its proxy, N(0, 1), gets this mean and standard deviation."""
+def set_affine(layer: Any, mean: np.ndarray, stddev: np.ndarray) -> None:
+    """Sets gamma and beta so that a channel that is as its proxy, N(0, 1), gets this mean and standard deviation."""
     if layer.gamma is not None:
         # The sign is learned, too.
         layer.gamma.assign(np.where(ops.convert_to_numpy(layer.gamma) < 0, -stddev, stddev))

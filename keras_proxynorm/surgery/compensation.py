@@ -1,57 +1,75 @@
-"""Undoes in the layers behind it what proxy normalization does to the scale and the offset of an activation."""
+"""Undoes in the layers that follow what proxy normalization does to the scale and the offset of an activation."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_proxynorm.graph.carrying import carry_by_name
+from keras_proxynorm.graph.layer_kinds import normalization_axis
+from keras_proxynorm.graph.linear_weights import WITH_BIAS
 from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.graph.reading import Graph
 from keras_proxynorm.graph.rescaling import Absorption
+from keras_proxynorm.graph.rescaling import Followed
 from keras_proxynorm.graph.rescaling import Rescaling
 from keras_proxynorm.graph.rescaling import follow_rescalings
-from keras_proxynorm.surgery.planning import Plan
-from keras_proxynorm.surgery.planning import channel_axis
-from keras_proxynorm.surgery.report import Uncompensated
+from keras_proxynorm.graph.rewriting import Rewrite
+from keras_proxynorm.graph.rewriting import clone_layer
+from keras_proxynorm.surgery.planning import Decision
 
-__all__ = ["compensate_in", "find_compensations"]
+__all__ = ["compensate_in", "find_compensations", "with_bias"]
 
 
-def find_compensations(
-    plan: Plan, layer_of: Callable[[keras.layers.Layer], keras.layers.Layer], approximate: bool = False
-) -> tuple[list[Absorption], list[Uncompensated]]:
+def find_compensations(graphs: Sequence[Graph], decisions: Iterable[Decision], approximate: bool) -> Followed:
     """Follows the output of each layer with proxy normalization to the linear layers that read it.
 
     Args:
-        plan: From `make_plan`.
-        layer_of: The layer with the activation that replaces a normalization layer. It is asked for when values are
-            computed, not before.
+        graphs: From `read_graphs`.
+        decisions: From `plan`.
         approximate: As for `follow_rescalings`.
 
     Returns:
         The layers that can take the rescaling back, exactly unless `approximate`, and the places where that is not
-        possible.
+        possible. The values of a rescaling are those of the weights at the time when they are asked for.
     """
+    activated = {decision.layer: decision for decision in decisions if decision.activated is not None}
 
     def source(graph, call):
-        decision = plan.absorbing(graph, call)
-        if decision is None:
+        decision = activated.get(graph.operation(call.inputs[0])) if call.inputs else None
+        if decision is None or call.operation not in decision.absorbed:
             return None
 
         def values():
-            layer = layer_of(decision.layer)
-            mean, variance = (ops.convert_to_numpy(x) for x in layer.activation_moments())
-            return np.sqrt(variance + layer.proxy_epsilon), mean
+            mean, variance = (ops.convert_to_numpy(x) for x in decision.activated.activation_moments())
+            return np.sqrt(variance + decision.activated.proxy_epsilon), mean
 
-        axis = channel_axis(decision.layer) % len(graph.shapes[call.inputs[0]])
+        axis = normalization_axis(decision.layer) % len(call.inputs[0].shape)
         return Rescaling(axis, (decision.path,), True, values)
 
-    compensations, losses = follow_rescalings(list(plan.graphs), plan.calls, source, approximate=approximate)
-    return compensations, [Uncompensated(*loss) for loss in losses]
+    return follow_rescalings(graphs, source, approximate=approximate)
 
 
-def compensate_in(layer: keras.layers.Layer, compensation: Absorption):
-    """Changes the kernel and the bias of `layer`, the clone of that of `compensation`."""
+def with_bias(absorptions: Iterable[Absorption]) -> Iterator[Rewrite]:
+    """What becomes of the linear layers without bias that absorb something: they get one."""
+    for layer in dict.fromkeys(absorption.layer for absorption in absorptions):
+        if not layer.use_bias:
+
+            def make(layer=layer):
+                return clone_layer(layer, **WITH_BIAS)
+
+            def carry(source, new):
+                carry_by_name(source, new)
+                return ()
+
+            yield Rewrite(layer, make, carry)
+
+
+def compensate_in(layer: Any, absorption: Absorption) -> None:
+    """Changes the kernel and the bias of `layer`, the clone of that of `absorption`."""
     weights = LinearWeights(layer)
-    weights.take_in(*compensation.rescaling.values())
+    weights.absorb(*absorption.rescaling.values())
     weights.assign(layer)

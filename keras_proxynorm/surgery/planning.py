@@ -1,8 +1,9 @@
 """Decides what becomes of each normalization of a model, before anything is built."""
 
-import collections
+import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -12,112 +13,99 @@ from keras_proxynorm.graph.activation_nodes import activation_of
 from keras_proxynorm.graph.activation_nodes import describe_activation
 from keras_proxynorm.graph.activation_nodes import looks_like_activation
 from keras_proxynorm.graph.activation_nodes import same_activation
-from keras_proxynorm.graph.layer_kinds import LINEAR
+from keras_proxynorm.graph.layer_kinds import LINEAR_WITH_KERNEL
 from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
 from keras_proxynorm.graph.layer_kinds import absorbs_offset
 from keras_proxynorm.graph.layer_kinds import data_axis
+from keras_proxynorm.graph.layer_kinds import has_activation
+from keras_proxynorm.graph.layer_kinds import normalization_axis
+from keras_proxynorm.graph.layer_kinds import overridden_methods
 from keras_proxynorm.graph.layer_kinds import passes_offset
-from keras_proxynorm.graph.linear_weights import why_weights_are_fixed
+from keras_proxynorm.graph.linear_weights import fixed_weights_reason
 from keras_proxynorm.graph.reading import Call
 from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import as_path
+from keras_proxynorm.graph.reading import count_calls
 from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.graph.report import LEFT_ALONE
 from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.surgery.targets import Target
 
-__all__ = ["Decision", "Plan", "channel_axis", "make_plan"]
+__all__ = ["Decision", "hidden_normalizations", "plan"]
 
-FUSED, PLAIN, SPLIT, LEFT = "fused", "plain", "split", "left alone"
+FUSED, PLAIN, SPLIT = "fused", "plain", "split"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
     """What becomes of one normalization layer.
 
     Attributes:
         layer: The layer.
-        path: Its name, behind the names of the models that it is nested in.
+        path: Its name, preceded by the names of the models that it is nested in.
         action: "fused": it becomes one layer together with its activation. "plain": it becomes a layer without
             activation. "split": its output is read with and without activation, and it becomes one layer of each kind.
             "left alone".
         channels: The number of its channels, 0 if it is left alone.
-        activation: The activation that is contained in the new layer, or None.
+        activation: The activation that is fused with the new layer, or None.
         absorbed: The operations that apply this activation now, and vanish.
+        renamed: Those of them whose names are names of outputs, and not that of the new layer.
         name: The name of the layer with the activation.
         activation_follows: Whether an activation, or something unknown, comes later; for a layer without activation.
-        reason: Why it is left alone, or why the activation behind it is not contained in it.
-        linear: The linear layer in front of it that is contained in the new layer, too, and vanishes; or None.
+        reason: Why it is left alone, or why no activation is fused with it.
+        linear: The preceding linear layer that the new layer absorbs, too; or None.
+        activated: The new layer with the activation, or None.
+        plain: The new layer without activation, or None.
+        is_selected: Whether it was to be replaced.
+        follows_activation: Whether there is no activation to fuse with, because it comes before the normalization.
     """
 
-    layer: keras.layers.Layer
+    layer: Any
     path: str
     action: str
     channels: int = 0
     activation: Any = None
     absorbed: tuple[keras.Operation, ...] = ()
+    renamed: tuple[keras.Operation, ...] = ()
     name: str | None = None
     activation_follows: bool = True
     reason: str | None = None
-    linear: keras.layers.Layer | None = None
+    linear: Any = None
+    activated: Any = None
+    plain: Any = None
+    is_selected: bool = True
+    follows_activation: bool = False
 
     @property
     def is_replaced(self) -> bool:
-        return self.action != LEFT
+        return self.action != LEFT_ALONE
 
     @property
-    def has_activated(self) -> bool:
-        """Whether it becomes a layer with an activation, among others."""
-        return self.action in (FUSED, SPLIT)
+    def new_layers(self) -> tuple[Any, ...]:
+        """The layers that it becomes, the one with the activation first."""
+        return tuple(layer for layer in (self.activated, self.plain) if layer is not None)
 
     @property
-    def has_plain(self) -> bool:
-        """Whether it becomes a layer without activation, among others."""
-        return self.action in (PLAIN, SPLIT)
-
-    @property
-    def outermost(self) -> keras.layers.Layer:
+    def outermost(self) -> Any:
         """The layer whose output that of the layer with the activation is, if no function is: it has its dtype."""
         return next((layer for layer in self.absorbed if isinstance(layer, keras.layers.Layer)), self.layer)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The decisions about a model.
+class _Use(NamedTuple):
+    """One call of a normalization."""
 
-    Attributes:
-        graphs: The graphs of the model and of the models nested in it.
-        decisions: By the `id` of the normalization layer.
-        calls: How often an operation is called in all graphs, by its `id`.
-        vanishing: The decisions by the `id`s of the activations that they absorb, of those that are applied to nothing
-            else.
-        hidden: By the paths of layers with batch statistics inside, where no graph leads: of how many normalizations.
-        contained: The linear layers that become part of the layer behind them, by their `id`.
-    """
-
-    graphs: tuple[Graph, ...]
-    decisions: dict[int, Decision]
-    calls: collections.Counter
-    vanishing: dict[int, Decision]
-    hidden: dict[str, int]
+    graph: Graph
+    call: Call
 
     @property
-    def contained(self) -> dict[int, keras.layers.Layer]:
-        return {id(d.linear): d.linear for d in self.decisions.values() if d.linear is not None}
-
-    def absorbing(self, graph: Graph, call: Call) -> Decision | None:
-        """The decision by which the activation that this call applies is contained in a normalization."""
-        return _absorbing(self.decisions, graph, call)
-
-    def is_renamed_output(self, operation: keras.Operation) -> bool:
-        """Whether an output of a model has the name of this activation, which vanishes."""
-        decision = self.vanishing.get(id(operation))
-        return (
-            decision is not None
-            and decision.name != operation.name
-            and any(graph.returns(operation) for graph in self.graphs if operation.name in graph.operations)
-        )
+    def tensor(self) -> keras.KerasTensor:
+        """The normalized tensor."""
+        return self.call.inputs[0]
 
 
-class _Reader(NamedTuple):
+class _Consumer(NamedTuple):
+    """A call that reads the output of a normalization, and the activation that it applies if that can be absorbed."""
+
     graph: Graph
     call: Call
     activation: Any
@@ -127,165 +115,225 @@ class _Reader(NamedTuple):
         return self.call.operation
 
 
-def channel_axis(layer: keras.layers.Layer) -> int:
-    """The axis of a normalization layer that has one."""
-    return layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
-
-
-def make_plan(graphs: list[Graph], selects: Callable[[str, keras.layers.Layer], bool], target: Target) -> Plan:
+def plan(
+    graphs: Sequence[Graph],
+    selects: Callable[[str, keras.layers.Layer], bool],
+    target: Target,
+    make: Callable[[Decision, bool], Any],
+) -> list[Decision]:
     """Decides about every normalization layer in `graphs`.
 
     Args:
         graphs: From `read_graphs`.
         selects: Whether a normalization layer, given its path and itself, is to be replaced.
-        target: What the new layers are made by, and what they can contain.
+        target: What the new layers are made by, and what they can absorb.
+        make: Makes the new layer of a decision, with the activation or without.
 
     Returns:
-        A `Plan`.
+        The decisions, in the order of the model.
     """
-    calls = collections.Counter(id(call.operation) for graph in graphs for call in graph.calls)
-    uses = collections.defaultdict(list)
+    counts = count_calls(graphs)
+    uses: dict[keras.Operation, list[_Use]] = {}
+    for graph in graphs:
+        order = {operation: index for index, operation in enumerate(graph.operations)}
+        for call in sorted(graph.calls, key=lambda call: order[call.operation]):
+            if isinstance(call.operation, NORMALIZATIONS):
+                uses.setdefault(call.operation, []).append(_Use(graph, call))
+    return [_made(_decide(used, counts, selects, target), used, make) for used in uses.values()]
+
+
+def hidden_normalizations(graphs: Sequence[Graph]) -> dict[str, int]:
+    """How many batch normalizations are inside of layers, where no graph leads, by the paths of these layers."""
     hidden = {}
     for graph in graphs:
-        for call in graph.calls:
-            if isinstance(call.operation, NORMALIZATIONS):
-                uses[id(call.operation)].append((graph, call))
-            elif _may_hide(call.operation):
-                names = [variable.name for variable in call.operation.variables]
-                if "moving_variance" in names:
-                    hidden[graph.path + call.operation.name] = names.count("moving_variance")
-    decisions = {key: _decide(used, calls, selects, target) for key, used in uses.items()}
-    absorbed = [
-        (call.operation, _absorbing(decisions, graph, call))
-        for graph in graphs
-        for call in graph.calls
-        if looks_like_activation(call.operation)
-    ]
-    needed = {id(operation) for operation, decision in absorbed if decision is None}
-    vanishing = {
-        id(operation): decision for operation, decision in absorbed if decision and id(operation) not in needed
-    }
-    return Plan(tuple(graphs), decisions, calls, vanishing, hidden)
+        for operation in graph.operations:
+            # Normalizations of the package have moving statistics of their own.
+            is_known = isinstance(operation, (*NORMALIZATIONS, NormalizationLayer))
+            if isinstance(operation, keras.layers.Layer) and nested_model(operation) is None and not is_known:
+                count = [variable.name for variable in operation.variables].count("moving_variance")
+                if count:
+                    hidden[as_path(graph, operation)] = count
+    return hidden
 
 
-def _may_hide(operation):
-    is_layer = isinstance(operation, keras.layers.Layer) and nested_model(operation) is None
-    # Ours have moving statistics of their own.
-    return is_layer and not isinstance(operation, NormalizationLayer)
-
-
-def _absorbing(decisions, graph, call) -> Decision | None:
-    for tensor in call.inputs:
-        decision = decisions.get(id(graph.operation(tensor)))
-        if decision is not None and any(operation is call.operation for operation in decision.absorbed):
-            return decision
-    return None
-
-
-def _decide(used: list[tuple[Graph, Call]], calls, selects, target: Target) -> Decision:
+def _decide(used: list[_Use], counts, selects, target: Target) -> Decision:
     graph, call = used[0]
-    layer = call.operation
-    path = graph.path + layer.name
+    layer, path = call.operation, as_path(graph, call.operation)
     is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
-    reason = _why_left_alone(path, used, selects)
+    if not selects(path, layer):
+        reason = "not selected" if is_batch_norm else f"{type(layer).__name__}, which was not asked for"
+        return Decision(layer, path, LEFT_ALONE, reason=reason, is_selected=False)
+    reason = _reason_to_leave(used)
     if reason is not None:
-        return Decision(layer, path, LEFT, reason=reason)
-    linear = None
+        return Decision(layer, path, LEFT_ALONE, reason=reason)
+    linear: Any = None
     if target.contains_linear:
-        linear = graph.operation(call.inputs[0])
-        reason = _why_not_contained(used, linear, calls) or target.why_unfit(linear)
+        linear = graph.operation(used[0].tensor)
+        reason = _reason_against_linear(used, linear, counts) or target.unsupported_reason(linear)
         if reason is not None:
-            return Decision(layer, path, LEFT, reason=f"behind {linear.name}, {reason}")
-    channels = graph.shapes[call.inputs[0]][channel_axis(layer)]
+            name = used[0].tensor.name if linear is None else linear.name
+            return Decision(layer, path, LEFT_ALONE, reason=f"after {name}, {reason}")
+    channels = used[0].tensor.shape[normalization_axis(layer)]
 
-    readers = [
-        _Reader(graph, reader, _activation_to_absorb(graph, reader, calls))
+    consumers = [
+        _Consumer(graph, consumer, _activation_to_absorb(graph, consumer, counts))
         for graph, call in used
-        for reader in graph.consumers(call.output)
+        for consumer in graph.consumers(call.output)
     ]
-    activated = [reader for reader in readers if reader.activation is not None]
-    mixed = len(activated) < len(readers) or any(call.output in graph.outputs for graph, call in used)
-    reason = _why_not_fused(layer, readers, activated, target.fuses)
+    activated = [consumer for consumer in consumers if consumer.activation is not None]
+    mixed = len(activated) < len(consumers) or any(graph.is_output(call.output) for graph, call in used)
+    reason = _reason_not_to_fuse(layer, consumers, activated, target.fuses)
     if activated and mixed and linear is not None:
         reason = reason or "its output is read without activation, too"
     if activated and reason is None and (is_batch_norm or not mixed):
+        name = _name(layer, activated, counts, [graph for graph, _ in used], mixed)
+        absorbed = tuple(dict.fromkeys(consumer.operation for consumer in activated))
+        returned = {x.operation for x in activated if x.graph.returns(x.operation)}
         return Decision(
             layer,
             path,
             SPLIT if mixed else FUSED,
             channels,
             activation=activated[0].activation,
-            absorbed=tuple({id(reader.operation): reader.operation for reader in activated}.values()),
-            name=_name(layer, activated, calls, [graph for graph, _ in used], mixed),
+            absorbed=absorbed,
+            renamed=tuple(x for x in absorbed if x in returned and x.name != name),
+            name=name,
             linear=linear,
         )
     if target.fuses and not is_batch_norm:
-        return Decision(
-            layer, path, LEFT, reason=reason or f"{type(layer).__name__} that does not feed one activation alone"
-        )
+        reason = reason or f"{type(layer).__name__} that does not feed one activation alone"
+        return Decision(layer, path, LEFT_ALONE, reason=reason)
     if reason is not None and not target.normalizes_alone:
-        return Decision(layer, path, LEFT, reason=reason)
+        return Decision(layer, path, LEFT_ALONE, reason=reason)
+    before = _activation_before(used[0]) if target.fuses and not activated and reason is None else None
     follows = any(_activation_follows(graph, call.output) for graph, call in used)
-    return Decision(layer, path, PLAIN, channels, activation_follows=follows, reason=reason, linear=linear)
+    return Decision(
+        layer,
+        path,
+        PLAIN,
+        channels,
+        activation_follows=follows,
+        reason=reason or before,
+        linear=linear,
+        follows_activation=before is not None,
+    )
 
 
-def _why_not_contained(used, linear, calls):
-    """Why the operation in front of a normalization cannot become one layer with it; None if it can."""
-    graph, call = used[0]
-    (tensor, *_) = call.inputs
-    if not isinstance(linear, LINEAR):
-        return "which is not a linear layer with a kernel"
-    if len(used) > 1 or calls[id(linear)] > 1:
-        return "which is called several times"
-    if len(graph.consumers(tensor)) > 1 or tensor in graph.outputs:
-        return "which is read by others, too"
-    if linear.activation is not keras.activations.linear:
-        return f"which has the activation {describe_activation(linear.activation)}"
-    rank = len(graph.shapes[tensor])
-    if data_axis(linear, rank) != channel_axis(used[0][1].operation) % rank:
-        return "which has another channel axis"
-    if linear.activity_regularizer is not None:
-        return "which has an activity_regularizer"
-    return why_weights_are_fixed(linear)
+def _made(decision, used, make):
+    """The decision with its new layers, or the one to leave the normalization alone, because they would not do."""
+    if not decision.is_replaced:
+        return decision
+    activated = make(decision, True) if decision.action in (FUSED, SPLIT) else None
+    plain = make(decision, False) if decision.action in (PLAIN, SPLIT) else None
+    decision = dataclasses.replace(decision, activated=activated, plain=plain)
+    for use in used:
+        for layer in decision.new_layers:
+            reason = _reason_against_new_layer(use, layer, decision)
+            if reason is not None:
+                return Decision(decision.layer, decision.path, LEFT_ALONE, reason=reason)
+    return decision
 
 
-def _why_left_alone(path, used, selects):
-    layer = used[0][1].operation
-    if not selects(path, layer):
-        is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
-        return "not selected" if is_batch_norm else f"{type(layer).__name__}, which was not asked for"
-    if isinstance(layer.axis, (list, tuple)) and len(layer.axis) > 1:
-        return f"its scale and offset differ between positions: axis={layer.axis}"
+def _reason_to_leave(used):
+    """Why a normalization is left alone, whatever would replace it; None if it is not."""
+    layer = used[0].call.operation
+    methods = overridden_methods(layer, NORMALIZATIONS)
+    if methods:
+        return f"a subclass that overrides {', '.join(methods)}, so that it may compute something else"
+    if normalization_axis(layer) is None:
+        return f"its gamma and beta differ between positions: axis={layer.axis}"
     if getattr(layer, "rms_scaling", False):
         return "it does not subtract the mean: rms_scaling=True"
-    for graph, call in used:
-        dtype = graph.dtypes[call.inputs[0]]
-        if not keras.backend.is_float_dtype(dtype):
-            return f"its input is {dtype}"
+    for use in used:
+        if not keras.backend.is_float_dtype(use.tensor.dtype):
+            return f"its input is {use.tensor.dtype}"
     return None
 
 
-def _activation_to_absorb(graph, call, calls):
-    # An output has the name of the operation that it comes from. One that is needed elsewhere keeps its name there.
-    if call.output in graph.outputs and calls[id(call.operation)] > 1:
+def _reason_against_linear(used, linear, counts):
+    """Why the operation before a normalization cannot become one layer with it; None if it can."""
+    tensor = used[0].tensor
+    if not isinstance(linear, LINEAR_WITH_KERNEL):
+        return "which is not a linear layer with a kernel"
+    methods = overridden_methods(linear, LINEAR_WITH_KERNEL)
+    if methods:
+        return f"which is a subclass that overrides {', '.join(methods)}"
+    if len(used) > 1 or counts[linear] > 1:
+        return "which is called several times"
+    if not used[0].graph.is_read_once(tensor):
+        return "which is read by others, too"
+    if has_activation(linear):
+        return f"which has the activation {describe_activation(linear.activation)}"
+    rank = len(tensor.shape)
+    if data_axis(linear, rank) != normalization_axis(used[0].call.operation) % rank:
+        return "which has another channel axis"
+    if linear.activity_regularizer is not None:
+        return "which has an activity_regularizer"
+    return fixed_weights_reason(linear)
+
+
+def _reason_against_new_layer(use: _Use, layer, decision: Decision):
+    """Why a new layer cannot take the place of a normalization in one of its calls; None if it can."""
+    known = Target.call_arguments(layer)
+    for name, value in list(use.call.arguments.items())[1:]:
+        if name not in known and keras.tree.flatten(value) and _holds_tensor(value):
+            return f"it reads the tensor `{name}`, which {type(layer).__name__} does not take"
+    if decision.linear is not None:
         return None
-    return activation_of(call.operation)
+    shape = use.tensor.shape
+    values = _values_per_statistic(layer, shape)
+    if values == 1:
+        return f"each statistic would be one value, of inputs of the shape {tuple(shape)}"
+    mixes = values is not None or getattr(layer, "groups", decision.channels) != decision.channels
+    if mixes and len(shape) == 2 and _is_input(use.graph, use.tensor):
+        return "it standardizes the features of the model's input, which would be mixed"
+    return None
 
 
-def _why_not_fused(layer, readers, activated, fuses):
-    """Why an activation that reads the output of `layer` is not contained in the new layer; None if there is none."""
-    others = [reader.operation for reader in readers if reader.activation is None]
+def _holds_tensor(value):
+    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(value))
+
+
+def _values_per_statistic(layer, shape):
+    """How many values of a sample share their mean or variance; None if that is not known, or if samples share them."""
+    if isinstance(layer, NormalizationLayer):
+        return layer.values_per_statistic(shape)
+    if not isinstance(layer, keras.layers.GroupNormalization) or None in shape[1:]:
+        return None
+    groups = shape[layer.axis] if layer.groups == -1 else layer.groups
+    return math.prod(shape[1:]) // groups
+
+
+def _is_input(graph, tensor):
+    """Whether `tensor` is an input of the outermost model, or several side by side."""
+    call = graph.maker(tensor)
+    if call is None:
+        return graph.path == ""
+    passing = (keras.layers.Concatenate, keras.layers.Dropout, keras.layers.Flatten, keras.layers.Identity)
+    return isinstance(call.operation, passing) and any(_is_input(graph, x) for x in call.inputs)
+
+
+def _activation_to_absorb(graph, call, counts):
+    # An output has the name of the operation that it comes from. One that is needed elsewhere keeps its name there.
+    if graph.is_output(call.output) and counts[call.operation] > 1:
+        return None
+    return activation_of(call.operation) if len(call.inputs) == 1 else None
+
+
+def _reason_not_to_fuse(layer, consumers, activated, fuses):
+    """Why an activation that reads the output of `layer` is not fused with the new layer; None if there is none."""
+    others = [consumer.operation for consumer in consumers if consumer.activation is None]
     if not activated:
         kept = [operation for operation in others if looks_like_activation(operation)]
-        return f"{kept[0].name} ({type(kept[0]).__name__}) cannot be contained in it" if kept else None
+        return f"{kept[0].name} ({type(kept[0]).__name__}) cannot be fused with it" if kept else None
     if not fuses:
-        return "the new layers contain no activation"
-    if any(not same_activation(reader.activation, activated[0].activation) for reader in activated):
-        names = dict.fromkeys(describe_activation(reader.activation) for reader in activated)
+        return "the new layers have no activation"
+    if any(not same_activation(consumer.activation, activated[0].activation) for consumer in activated):
+        names = dict.fromkeys(describe_activation(consumer.activation) for consumer in activated)
         return f"different activations read its output: {', '.join(names)}"
-    layers = {id(x.operation): x.operation for x in activated if isinstance(x.operation, keras.layers.Layer)}.values()
+    layers = list(dict.fromkeys(x.operation for x in activated if isinstance(x.operation, keras.layers.Layer)))
     if layer.activity_regularizer is not None:
-        return "its activity_regularizer reads the output in front of the activation"
+        return "its activity_regularizer reads the output before the activation"
     if len(layers) > 1 and any(activation.activity_regularizer is not None for activation in layers):
         return "of several activations, one has an activity_regularizer"
     policies = {activation.dtype_policy.name for activation in layers}
@@ -293,26 +341,30 @@ def _why_not_fused(layer, readers, activated, fuses):
         activation.dtype_policy.variable_dtype != layer.dtype_policy.variable_dtype for activation in layers
     ):
         return f"the dtype policies do not go together: {layer.dtype_policy.name}, and of activations {policies}"
-    if any(
-        type(reader.operation).__name__ == "Multiply" and set(reader.inputs) & set(activation.call.inputs)
-        for activation in activated
-        for reader in activation.graph.consumers(activation.call.output)
-    ):
+    if any(_gates_its_input(activation) for activation in activated):
         return f"{describe_activation(activated[0].activation)} is the gate of its output"
     return None
 
 
-def _name(layer, activated, calls, graphs, mixed):
+def _gates_its_input(consumer):
+    """Whether the output of an activation is multiplied with what it reads."""
+    return any(
+        type(reader.operation).__name__ == "Multiply" and set(reader.inputs) & set(consumer.call.inputs)
+        for reader in consumer.graph.consumers(consumer.call.output)
+    )
+
+
+def _name(layer, activated, counts, graphs, mixed):
     """The name of an activation that vanishes, so that `get_layer` and the names of outputs stay the same."""
-    own = {id(reader.operation) for reader in activated} | (set() if mixed else {id(layer)})
-    taken = {operation.name for graph in graphs for operation in graph.operations.values() if id(operation) not in own}
-    outputs = [reader.operation.name for reader in activated if reader.graph.returns(reader.operation)]
+    own = {consumer.operation for consumer in activated} | (set() if mixed else {layer})
+    taken = {operation.name for graph in graphs for operation in graph.operations if operation not in own}
+    outputs = [consumer.operation.name for consumer in activated if consumer.graph.returns(consumer.operation)]
     names = [
-        reader.operation.name
-        for reader in activated
-        if calls[id(reader.operation)] == 1
+        consumer.operation.name
+        for consumer in activated
+        if counts[consumer.operation] == 1
         # A function has no name that anybody gave it, but an output may be known by it.
-        and (isinstance(reader.operation, keras.layers.Layer) or reader.operation.name in outputs)
+        and (isinstance(consumer.operation, keras.layers.Layer) or consumer.operation.name in outputs)
     ]
     names.sort(key=lambda name: name not in outputs)
     names += [layer.name, f"{layer.name}_activation"]
@@ -321,18 +373,30 @@ def _name(layer, activated, calls, graphs, mixed):
     return next(name for name in names if name not in taken)
 
 
+def _activation_before(use: _Use):
+    """The reason that a normalization has no activation to fuse with: it follows one."""
+    operation: Any = use.graph.operation(use.tensor)
+    if operation is not None and (looks_like_activation(operation) or _is_activated_linear(operation)):
+        return f"its activation comes before it, in {operation.name}"
+    return None
+
+
+def _is_activated_linear(operation):
+    return isinstance(operation, LINEAR_WITH_KERNEL) and has_activation(operation)
+
+
 def _activation_follows(graph, tensor):
-    """Whether an activation reads `tensor`, be it through sums and poolings; yes where that cannot be known."""
+    """Whether an activation reads `tensor`, also through sums and poolings; yes where that cannot be known."""
     seen, waiting = set(), [tensor]
     while waiting:
         tensor = waiting.pop()
-        if tensor in graph.outputs:
+        if graph.is_output(tensor):
             return True
-        for reader in graph.consumers(tensor):
-            if passes_offset(reader.operation):
-                if reader.output not in seen:
-                    seen.add(reader.output)
-                    waiting.append(reader.output)
-            elif not absorbs_offset(reader.operation):
+        for consumer in graph.consumers(tensor):
+            if passes_offset(consumer.operation):
+                if consumer.output not in seen:
+                    seen.add(consumer.output)
+                    waiting.append(consumer.output)
+            elif not absorbs_offset(consumer.operation):
                 return True
     return False

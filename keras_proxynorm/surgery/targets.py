@@ -9,7 +9,6 @@ import keras
 from keras_proxynorm import baselines
 from keras_proxynorm.layers import GroupNormProxy
 from keras_proxynorm.layers import LayerNormProxy
-from keras_proxynorm.layers.base import NormalizationLayer
 
 __all__ = ["TARGETS", "Target", "choose_groups"]
 
@@ -20,29 +19,51 @@ def _with_own_nonlinearity(layer_class):
     def make(*, activation, **kwargs):
         return layer_class(nonlinearity=activation is not None, **kwargs)
 
-    parameters = [p for p in _parameters(layer_class) if p.name != "nonlinearity"]
-    activation = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY)
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind != p.VAR_KEYWORD]
+    names = [*(name for name in _parameters_of_class(layer_class) if name != "nonlinearity"), "activation"]
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     variable = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    make.__signature__ = inspect.Signature([*parameters, activation, variable])  # type: ignore[attr-defined]
-    # Without the nonlinearity, that of EvoNorm is but a scale and an offset.
+    make.__signature__ = inspect.Signature([*parameters, variable])  # type: ignore[attr-defined]
+    # Without the nonlinearity, EvoNorm is nothing but gamma and beta.
     make.normalizes_alone = layer_class is baselines.FilterResponseNormalization  # type: ignore[attr-defined]
     return make
 
 
 def _parameters(factory):
-    """The parameters of a factory. Our layers hand what they do not name on to the class they are derived from."""
+    """The parameters that a factory takes, by name, and whether it takes any others."""
+    if isinstance(factory, functools.partial):
+        parameters, takes_any = _parameters(factory.func)
+        return {name: x for name, x in parameters.items() if name not in factory.keywords}, takes_any
+    if inspect.isclass(factory) and issubclass(factory, keras.layers.Layer):
+        return _parameters_of_class(factory), True
     try:
-        parameters = list(inspect.signature(factory).parameters.values())
+        signature = inspect.signature(factory)
     except ValueError as error:  # callables that are not written in Python
         raise ValueError(f"Argument `to` must be a function with a signature. Received: to={factory!r}") from error
-    if inspect.isclass(factory) and issubclass(factory, NormalizationLayer):
-        named = {parameter.name for parameter in parameters}
-        inherited = list(inspect.signature(NormalizationLayer).parameters.values())
-        parameters = [*(p for p in inherited if p.name not in named and p.kind != p.VAR_KEYWORD), *parameters]
-        # A layer that contains a linear layer has the channel axis of that.
-        parameters = [p for p in parameters if p.name != "axis" or "layer" not in named]
+    return _named(signature), any(x.kind == x.VAR_KEYWORD for x in signature.parameters.values())
+
+
+def _parameters_of_class(cls):
+    """The parameters of a class of layers, and of the classes that it hands its other keyword arguments on to."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in inspect.getmro(cls):
+        if base is keras.layers.Layer:
+            break
+        if "__init__" in vars(base):
+            signature = inspect.signature(base)
+            parameters = {**_named(signature), **parameters}
+            if all(x.kind != x.VAR_KEYWORD for x in signature.parameters.values()):
+                break
+    if issubclass(cls, LayerNormProxy):
+        del parameters["groups"]  # it has one, and refuses others
+    if "layer" in parameters:
+        # A layer that absorbs a linear layer has the channel axis of that.
+        parameters.pop("axis", None)
     return parameters
+
+
+def _named(signature):
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: x for name, x in signature.parameters.items() if x.kind in kinds}
 
 
 TARGETS: dict[str, Callable[..., keras.layers.Layer]] = {
@@ -85,14 +106,9 @@ class Target:
         self.factory = TARGETS[to] if isinstance(to, str) else to
         self.name = to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__)
         self.layer_kwargs = layer_kwargs
-        parameters = _parameters(self.factory)
+        parameters, self._takes_any = _parameters(self.factory)
         bound = self.factory.keywords if isinstance(self.factory, functools.partial) else {}
-        self._named = {
-            parameter.name
-            for parameter in parameters
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        } - set(bound)
-        self._takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        self._named = set(parameters)
         if "activation" in bound:
             raise ValueError(
                 "Argument `to` must not fix the activation, which comes from the model. "
@@ -116,23 +132,28 @@ class Target:
 
     @property
     def fuses(self) -> bool:
-        """Whether the layers contain the activation."""
+        """Whether the layers have an activation."""
         return "activation" in self._named
 
     @property
     def normalizes_alone(self) -> bool:
-        """Whether the layers normalize, too, if they do not contain the activation."""
+        """Whether the layers normalize, too, without an activation."""
         return getattr(self.factory, "normalizes_alone", True)
 
     @property
     def contains_linear(self) -> bool:
-        """Whether the layers contain the linear layer in front of the normalization."""
+        """Whether the layers absorb the linear layer before the normalization."""
         return "layer" in self._named
 
-    def why_unfit(self, layer: keras.layers.Layer) -> str | None:
-        """Why a linear layer cannot be contained; None if it can, as far as the factory tells."""
-        why_unfit = getattr(self.factory, "why_unfit", None)
-        return None if why_unfit is None else why_unfit(layer)
+    def unsupported_reason(self, layer: keras.layers.Layer) -> str | None:
+        """Why a linear layer cannot be absorbed; None if it can, as far as the factory tells."""
+        reason = getattr(self.factory, "unsupported_because", None)
+        return None if reason is None else reason(layer)
+
+    @staticmethod
+    def call_arguments(layer: keras.layers.Layer) -> set[str]:
+        """The names of the arguments that a call of a layer takes."""
+        return set(inspect.signature(layer.call).parameters)
 
     def make(self, arguments: dict) -> keras.layers.Layer:
         """Calls the factory with those of `arguments` that it takes."""

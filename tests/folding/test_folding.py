@@ -137,8 +137,10 @@ def test_what_of_silu_goes_where(reader):
     folded, report = check(chain(kp.GroupNormProxy(2, activation="silu", name="norm"), make()))
     assert constants(folded) == {"both": VECTORS[:2], "scale": ["scale", "offset", "output_offset"]}.get(takes, VECTORS)
     assert report.absorbed == ({} if takes == "nothing" else {"reader": ("norm",)})
-    moved = {"both": "scale and shift"}.get(takes, takes)
-    assert report.folded == {"norm": f"GroupNormProxy to constants, {moved} into the layers behind it"}
+    moved = {"both": "scale and offset"}.get(takes, takes)
+    into = "" if takes == "nothing" else f", {moved} into the following layers"
+    assert report.folded == {"norm": f"GroupNormProxy to constants{into}"}
+    assert (report.not_done == {}) == (takes == "both")
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -165,7 +167,7 @@ def test_what_of_a_batch_norm_goes_where(reader):
     folded, report = check(chain(layers.BatchNormalization(name="norm"), make()), signs=(1,))
     if takes == "both":
         assert type(folded.get_layer("norm")) is layers.Identity
-        assert report.folded == {"norm": "BatchNormalization into the layers behind it"}
+        assert report.folded == {"norm": "BatchNormalization into the following layers"}
         assert report.absorbed == {"reader": ("norm",)}
     else:
         assert folded.get_layer("norm").groups is None and constants(folded) == ["scale", "offset"]
@@ -187,7 +189,7 @@ def test_batch_norm_into_the_layer_in_front(linear, center, scale):
     norm = layers.BatchNormalization(center=center, scale=scale, name="norm")
     folded, report = check(chain(LINEAR[linear](), norm, layers.ReLU()))
     assert type(folded.get_layer("norm")) is layers.Identity and folded.get_layer("linear").bias is not None
-    assert report.folded == {"norm": "BatchNormalization into the layer in front of it"} and report.absorbed == {}
+    assert report.folded == {"norm": "BatchNormalization into the preceding layer"} and report.absorbed == {}
 
 
 NOT_INTO_THE_LAYER_IN_FRONT = {
@@ -219,7 +221,7 @@ NOT_INTO_THE_LAYER_IN_FRONT = {
 def test_batch_norm_not_into_the_layer_in_front(case):
     inputs = keras.Input((6, 6, 4))
     folded, report = check(keras.Model(inputs, list(NOT_INTO_THE_LAYER_IN_FRONT[case](inputs))))
-    assert report.folded == {"norm": "BatchNormalization to constants, nothing into the layers behind it"}
+    assert report.folded == {"norm": "BatchNormalization to constants"}
     assert folded.get_layer("norm").groups is None and constants(folded) == ["scale", "offset"]
 
 
@@ -868,7 +870,7 @@ def test_twice():
     model = odd_model()
     once = fold(model)
     twice, report = fold(once, return_report=True)
-    assert report.folded == report.absorbed == {} and str(report) == "0 normalizations folded"
+    assert report.folded == report.absorbed == {} and "odd: 0 of 0 normalization layers folded" in str(report)
     for ours, theirs in zip(twice.get_weights(), once.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert_equal(twice, model, sample(model))
@@ -877,14 +879,22 @@ def test_twice():
 def test_report():
     _, report = fold(odd_model(), return_report=True)
     assert report.folded == {
-        "stem_bn": "BatchNormalization into the layer in front of it",
-        "norm": "GroupNormProxy to constants, scale into the layers behind it",
-        "leaky": "LayerNormProxy to constants, nothing into the layers behind it",
-        "stock": "GroupNormalization to constants, nothing into the layers behind it",
+        "stem_bn": "BatchNormalization into the preceding layer",
+        "norm": "GroupNormProxy to constants, scale into the following layers",
+        "leaky": "LayerNormProxy to constants",
+        "stock": "GroupNormalization to constants",
     }
     assert report.absorbed == {"squeeze": ("norm",), "conv": ("norm",)}
-    assert str(report).splitlines()[0] == "4 normalizations folded"
-    assert "    1 BatchNormalization into the layer in front of it" in str(report).splitlines()
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "was", "became", "not", "done,", "because"]
+    assert "odd: 4 of 4 normalization layers folded" in lines
+    assert "                     1  BatchNormalization into the preceding layer" in lines
+    assert report.not_done == {
+        "norm": "Multiply, which neither absorbs it nor passes it on",
+        "leaky": "GroupNormalization, whose statistics it changes",
+        "stock": "it is an output of the model",
+    }
+    assert report.to_dict()["not_done"] == report.not_done
 
 
 def test_saved_and_loaded(tmp_path):

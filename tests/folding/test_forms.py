@@ -17,7 +17,6 @@ from keras import ops
 from keras_proxynorm.folding import forms
 from keras_proxynorm.folding.forms import Constants
 from keras_proxynorm.folding.forms import normalize_and_activate
-from keras_proxynorm.folding.forms import traced_for
 
 # "large": as TensorFlow computes large images.
 FORMS = ["keras", "tensorflow", "large", "onnx"] if BACKEND == "tensorflow" else ["keras"]
@@ -46,12 +45,12 @@ def reference(x, vectors, activation, groups, axis, epsilon):
 
 
 @contextlib.contextmanager
-def traced_as(form):
+def limits_of(form):
+    """For the form "large", small inputs take the way of large ones."""
     limits = ["_SMALLEST_CONVOLVED", "_SMALLEST_POOLED"] if form == "large" else []
     with contextlib.ExitStack() as stack:
         for limit in limits:
             stack.enter_context(mock.patch.object(forms, limit, 0))
-        stack.enter_context(traced_for("tensorflow" if form == "large" else form))
         yield
 
 
@@ -61,7 +60,10 @@ def compute(form, x, vectors, activation, groups, axis, epsilon, batch_size="sta
     def step(x):
         # Here, so that they are constants of the graph.
         tensors = Constants(*(None if vector is None else ops.convert_to_tensor(vector) for vector in vectors))
-        return normalize_and_activate(x, tensors, keras.activations.get(activation), groups, axis, epsilon)
+        function = keras.activations.get(activation)
+        return normalize_and_activate(
+            x, tensors, function, groups, axis, epsilon, form="tensorflow" if form == "large" else form
+        )
 
     if BACKEND != "tensorflow":
         return numpy(step(ops.convert_to_tensor(x)))
@@ -72,7 +74,7 @@ def compute(form, x, vectors, activation, groups, axis, epsilon, batch_size="sta
     if form == "onnx":
         return _compute_onnx(step, signature, x)
     function = tf.function(step, input_signature=signature, autograph=False)
-    with traced_as(form):
+    with limits_of(form):
         concrete = function.get_concrete_function()
     return concrete(tf.constant(x)).numpy()
 
@@ -83,8 +85,7 @@ def _compute_onnx(step, signature, x):
     from keras_proxynorm.export.onnx_conversion import convert
 
     def serve(x):
-        with traced_for("onnx"):
-            return {"y": step(x)}
+        return {"y": step(x)}
 
     proto = convert(serve, signature, 17)[0]
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -249,7 +250,7 @@ def test_masks(form):
     mask = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
     x[~mask] = 1e6
     vectors = random_vectors(8)
-    with traced_as(form):
+    with limits_of(form):
         tensors = Constants(*map(ops.convert_to_tensor, vectors))
         received = normalize_and_activate(
             ops.convert_to_tensor(x), tensors, ops.tanh, 2, 2, 1e-3, ops.convert_to_tensor(mask)
@@ -275,16 +276,6 @@ def test_definition(data, rank, per_group, offset):
     check(form, x, groups, axis, kept=kept, epsilon=1.0, atol=5e-5 + 4 * np.spacing(np.float32(offset)))
 
 
-def test_the_form_is_that_of_the_block():
-    assert forms._runtime == "keras"
-    with pytest.raises(KeyError), traced_for("onnx"):
-        with traced_for("tensorflow"):
-            assert forms._runtime == "tensorflow"
-        assert forms._runtime == "onnx"
-        raise KeyError
-    assert forms._runtime == "keras"
-
-
 @tensorflow_only
 @pytest.mark.parametrize(
     "form, batch_size, kernels", [("large", 1, True), ("large", 2, False), ("tensorflow", 1, False)]
@@ -295,8 +286,8 @@ def test_tensorflow_has_fast_kernels_for_one_large_image(form, batch_size, kerne
     @tf.function(input_signature=[tf.TensorSpec((batch_size, 5, 6, 8))], autograph=False)
     def function(x):
         vectors = Constants(*map(tf.constant, random_vectors(8)))
-        with traced_as(form):
-            return normalize_and_activate(x, vectors, ops.relu, 2, 3, 1e-3)
+        with limits_of(form):
+            return normalize_and_activate(x, vectors, ops.relu, 2, 3, 1e-3, form="tensorflow")
 
     nodes = {operation.type for operation in function.get_concrete_function().graph.get_operations()}
     assert ({"DepthwiseConv2dNative", "BiasAdd", "AvgPool"} <= nodes) == kernels

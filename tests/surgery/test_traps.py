@@ -265,15 +265,15 @@ class Scaled(keras.layers.Activation):
 def test_trap_a_subclass_of_an_activation_layer():
     inputs = keras.Input((8, 8, 3))
     _, report = exact(keras.Model(inputs, Scaled("relu", name="scaled")(conv_bn(inputs, "a"))))
-    assert found(report, "a_bn").reason == "scaled (Scaled) cannot be contained in it"
+    assert found(report, "a_bn").reason == "scaled (Scaled) cannot be fused with it"
 
 
 @pytest.mark.parametrize(
     ("activation", "reason"),
     [
-        (keras.layers.Softmax(name="act"), "act (Softmax) cannot be contained in it"),
-        (keras.layers.PReLU(shared_axes=[1, 2], name="act"), "act (PReLU) cannot be contained in it"),
-        (lambda x: keras.ops.gelu(x, approximate=True), "(Gelu) cannot be contained in it"),
+        (keras.layers.Softmax(name="act"), "act (Softmax) cannot be fused with it"),
+        (keras.layers.PReLU(shared_axes=[1, 2], name="act"), "act (PReLU) cannot be fused with it"),
+        (lambda x: keras.ops.gelu(x, approximate=True), "(Gelu) cannot be fused with it"),
         (keras.layers.Activation("linear"), None),
     ],
 )

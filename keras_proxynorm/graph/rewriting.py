@@ -1,0 +1,290 @@
+"""Clones a model with some of its operations rewritten: the one way in which the package changes models."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_proxynorm.compat import functional_call
+from keras_proxynorm.compat import lambda_output_shape
+from keras_proxynorm.graph.carrying import cannot_clone
+from keras_proxynorm.graph.carrying import carry_own_weights
+from keras_proxynorm.graph.carrying import carry_state
+from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.carrying import has_late_regularizers
+from keras_proxynorm.graph.reading import Call
+from keras_proxynorm.graph.reading import Graph
+from keras_proxynorm.graph.reading import is_functional
+from keras_proxynorm.graph.reading import is_sequential
+from keras_proxynorm.graph.reading import nested_model
+
+__all__ = ["Clone", "Rewrite", "clone", "clone_layer"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewrite:
+    """What becomes of one operation.
+
+    Attributes:
+        source: The operation. Each of its calls becomes a call of the new layer, with the same arguments, as far as the
+            new layer knows them.
+        make: Makes the new layer; it is called once.
+        carry: Sets the weights of the new layer, and what of them is trainable: a function of the old operation and the
+            new layer. It returns notes about what could not be carried.
+        absorbs: Operations that vanish into the new layer. One that `source` reads passes its own input on. One that
+            reads `source` becomes the output of the new layer.
+        reads: Further tensors of the old model, whose counterparts are passed to `call`.
+        call: How the new layer is called, if it is more than one layer: a function of the new layer, the arguments of
+            the call, and `reads`. Defaults to a call of the new layer.
+    """
+
+    source: keras.Operation
+    make: Callable[[], Any]
+    carry: Callable[[Any, Any], Sequence[str]]
+    absorbs: tuple[keras.Operation, ...] = ()
+    reads: tuple[keras.KerasTensor, ...] = ()
+    call: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clone:
+    """A model that was cloned.
+
+    Attributes:
+        model: The new model.
+        replaced: The new layers by the old operation that was rewritten, in the order of the rewrites.
+        layers: The clone of each other operation by the old one, nested models included.
+        notes: What did not come through.
+    """
+
+    model: keras.Model
+    replaced: dict[keras.Operation, tuple[Any, ...]]
+    layers: dict[keras.Operation, Any]
+    notes: list[str]
+
+    def counterpart(self, operation: keras.Operation) -> Any:
+        """The new layer in the place of an operation of the old model; of several the first."""
+        return self.replaced[operation][0] if operation in self.replaced else self.layers[operation]
+
+
+def clone(graphs: Sequence[Graph], rewrites: Iterable[Rewrite] = (), weights: bool = True) -> Clone:
+    """Clones a functional or sequential model, with the models nested in it.
+
+    Args:
+        graphs: The graphs of the model, from `read_graphs`.
+        rewrites: What becomes of some operations; the others are cloned. An operation has several rewrites if its
+            output is read in several ways: consumers that no rewrite absorbs read the one that absorbs none.
+        weights: Whether weights are copied; what `carry` of a rewrite does is up to that.
+
+    Returns:
+        The `Clone`.
+
+    Raises:
+        ValueError: If a layer cannot be made from its config, which the message names.
+    """
+    cloner = _Cloner(graphs, rewrites)
+    model = cloner.clone(graphs[0].model)
+    return Clone(model, cloner.replaced, cloner.clones, [*cloner.notes, *_carry(graphs, cloner, weights)])
+
+
+def clone_layer(layer: keras.Operation, **config: Any) -> Any:
+    """The clone of a layer or of a function of `keras.ops`, with some arguments of its config changed."""
+    if isinstance(layer, keras.layers.Lambda):
+        return _clone_lambda(layer)
+    try:
+        return type(layer).from_config({**layer.get_config(), **config})
+    except Exception as error:  # get_config and from_config are the user's
+        raise cannot_clone(layer, error) from error
+
+
+class _Cloner:
+    """Clones each operation once, and runs each graph with the clones."""
+
+    def __init__(self, graphs, rewrites):
+        self.graphs = {id(graph.model): graph for graph in graphs}
+        self.rewrites: dict[keras.Operation, list[Rewrite]] = {}
+        for rewrite in rewrites:
+            self.rewrites.setdefault(rewrite.source, []).append(rewrite)
+        self.replaced: dict[keras.Operation, tuple[Any, ...]] = {}
+        self.clones: dict[keras.Operation, Any] = {}
+        self.notes: list[str] = []
+
+    def clone(self, operation):
+        """The clone of an operation that is not rewritten; always the same one."""
+        if operation not in self.clones:
+            if is_functional(operation):
+                self.clones[operation] = self.clone_functional(operation)
+            elif is_sequential(operation):
+                self.clones[operation] = self.clone_sequential(operation)
+            elif (nested := nested_model(operation)) is not None:
+                self.clones[operation] = type(operation)(
+                    self.clone(nested), name=operation.name, dtype=dtype_of(operation)
+                )
+            else:
+                self.clones[operation] = clone_layer(operation)
+        return self.clones[operation]
+
+    def new_layers(self, source):
+        """The layers that an operation becomes, one for each of its rewrites."""
+        if source not in self.replaced:
+            self.replaced[source] = tuple(rewrite.make() for rewrite in self.rewrites[source])
+        return self.replaced[source]
+
+    def clone_functional(self, model):
+        graph = self.graphs[id(model)]
+        # Input layers are made from their configs, so that those without a name of their own keep it.
+        made = {
+            operation.output: keras.layers.InputLayer.from_config(operation.get_config()).output
+            for operation in graph.operations
+            if isinstance(operation, keras.layers.InputLayer)
+        }
+        values = self.run(graph, made, lambda layer, *args, **kwargs: layer(*args, **kwargs))
+        structures = graph.functional.input, graph.functional.output
+        inputs, outputs = (keras.tree.map_structure(lambda tensor: values[tensor], x) for x in structures)
+        cls = type(model)
+        if cls is not type(graph.functional) and not _has_functional_constructor(cls):
+            self.note_class(model, "functional keras.Model")
+            cls = keras.Model
+        return self.finish(model, cls(inputs, outputs, name=model.name))
+
+    def clone_sequential(self, model):
+        graph = self.graphs[id(model)]
+        layers = [keras.layers.InputLayer.from_config(graph.functional.layers[0].get_config())]
+        self.run(graph, {}, lambda layer, *_, **__: layers.append(layer))
+        if type(model) is not keras.Sequential:
+            self.note_class(model, "keras.Sequential")
+        return self.finish(model, keras.Sequential(layers, name=model.name))
+
+    def finish(self, model, clone):
+        # The global policy is not that under which the model was made, and decides about loss scaling in `compile`.
+        clone.dtype_policy = model.dtype_policy
+        return clone
+
+    def note_class(self, model, instead):
+        if type(model).call not in (keras.Model.call, keras.Sequential.call, functional_call()):
+            raise cannot_clone(
+                model, ValueError("a model that overrides `call`, and is not made of inputs and outputs")
+            )
+        self.notes.append(
+            f"Model '{model.name}' is a {type(model).__name__}; its replacement is a {instead} of the same graph, "
+            "without the methods and attributes of that class."
+        )
+
+    def run(self, graph, values, apply):
+        """Calls the clones of all operations of a graph; returns the new tensors by the old ones.
+
+        Args:
+            graph: The graph.
+            values: The new inputs by the old ones.
+            apply: How a new layer is called.
+        """
+        values = dict(values)
+        # What operations that vanish behind a tensor become: the output of the layer that absorbs them.
+        absorbed: dict[tuple[keras.KerasTensor, keras.Operation], Any] = {}
+
+        def new(structure):
+            return keras.tree.map_structure(
+                lambda x: values.get(x) if isinstance(x, keras.KerasTensor) else x, structure
+            )
+
+        for call in graph.calls:
+            operation, outputs = call.operation, None
+            vanished = [absorbed[tensor, operation] for tensor in call.inputs if (tensor, operation) in absorbed]
+            if vanished and operation in self.rewrites:
+                outputs = apply(*self.new_layers(operation), vanished[0])
+            elif vanished:
+                outputs = vanished[0]
+            elif operation in self.rewrites:
+                outputs, behind = self.rewritten(graph, call, new, apply)
+                absorbed.update(behind)
+            elif self.is_absorbed(graph, call):
+                outputs = values.get(call.inputs[0])
+            else:
+                outputs = apply(self.clone(operation), *new(call.args), **new(call.kwargs))
+            values.update(zip(call.outputs, keras.tree.flatten(outputs), strict=False))
+        return values
+
+    def rewritten(self, graph, call, new, apply):
+        """The output of a call that is rewritten, and what its consumers become that are absorbed."""
+        consumers = [consumer.operation for consumer in graph.consumers(call.output)]
+        results, behind = [], {}
+        for rewrite, layer in zip(self.rewrites[call.operation], self.new_layers(call.operation), strict=True):
+            args, kwargs = _arguments_for(call, layer)
+            if rewrite.call is None:
+                output = apply(layer, *new(args), **new(kwargs))
+            else:
+                output = rewrite.call(layer, *new(args), *new(rewrite.reads), **new(kwargs))
+            after = [operation for operation in consumers if operation in rewrite.absorbs]
+            behind |= {(call.output, operation): output for operation in after}
+            results.append((output, after))
+        # The last of them if all absorb a consumer: then nothing else reads it.
+        return next((output for output, after in results if not after), results[-1][0]), behind
+
+    def is_absorbed(self, graph, call):
+        """Whether a rewrite of the one consumer of a call absorbs it."""
+        return any(
+            call.operation in rewrite.absorbs
+            for consumer in graph.consumers(call.output)
+            for rewrite in self.rewrites.get(consumer.operation, ())
+        )
+
+
+def _arguments_for(call: Call, layer: Any):
+    """The arguments of a call for a layer of another kind: its inputs, and what else that layer knows."""
+    if type(layer) is type(call.operation) or not isinstance(layer, keras.layers.Layer):
+        return call.args, call.kwargs
+    (_, inputs), *others = call.arguments.items()
+    known = inspect.signature(layer.call).parameters
+    return (inputs,), {name: value for name, value in others if name in known and value is not None}
+
+
+def _carry(graphs, cloner, weights) -> list[str]:
+    """Carries the state of all operations over; returns what did not come through."""
+    notes = []
+    functional_models = {id(graph.model): graph.functional for graph in graphs}
+    # Outermost first, and before the layers: freezing a model freezes all that is in it.
+    for source, new in reversed(cloner.clones.items()):
+        if nested_model(source) is not None:
+            new.trainable = source.trainable
+            functional = functional_models.get(id(source))
+            if functional is not None and not carry_own_weights(source, new, functional, weights):
+                notes.append(f"The weights that model '{source.name}' has outside its graph did not come through.")
+    late = []
+    for source, new in cloner.clones.items():
+        if isinstance(source, keras.layers.Layer) and nested_model(source) is None:
+            carry_state(source, new, weights)
+            if has_late_regularizers(source, new):
+                late.append(source.name)
+    for source, layers in cloner.replaced.items():
+        for rewrite, layer in zip(cloner.rewrites[source], layers, strict=True):
+            notes.extend(rewrite.carry(source, layer))
+            if all(isinstance(x, keras.layers.Layer) for x in (source, layer)) and has_late_regularizers(source, layer):
+                late.append(source.name)
+    if late:
+        notes.append(
+            f"The regularizers of the layers {late} were set after these were built. In the old model they do nothing "
+            "until it is saved and loaded; in the new one they take effect."
+        )
+    return notes
+
+
+def _clone_lambda(layer):
+    # Its config holds the bytecode of the function without the globals that it needs.
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=lambda_output_shape(layer),
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=dtype_of(layer),
+    )
+
+
+def _has_functional_constructor(cls):
+    spec = inspect.getfullargspec(cls.__init__)
+    passes_on = spec.varargs is not None and spec.varkw is not None
+    return not spec.kwonlyargs and (spec.args[1:] == ["inputs", "outputs", "name"] or passes_on)

@@ -1,0 +1,130 @@
+"""Makes the layers that take the place of normalizations, and says how a model is rewritten with them."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_proxynorm.baselines import BatchGroupNormalization
+from keras_proxynorm.graph.carrying import carry_by_name
+from keras_proxynorm.graph.carrying import copy_of
+from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.layer_kinds import normalization_axis
+from keras_proxynorm.graph.rewriting import Rewrite
+from keras_proxynorm.graph.rewriting import clone_layer
+from keras_proxynorm.surgery.planning import Decision
+from keras_proxynorm.surgery.targets import Target
+from keras_proxynorm.surgery.targets import choose_groups
+
+__all__ = ["Options", "make_layer", "rewrites"]
+
+
+class Options(NamedTuple):
+    """What a user asks of the new layers.
+
+    Attributes:
+        groups: The largest number of groups.
+        min_channels_per_group: The smallest number of channels in a group.
+        center: Whether layers without activation have a `beta`; None for the default.
+        copies: Whether weights are copied.
+    """
+
+    groups: int
+    min_channels_per_group: int
+    center: bool | None
+    copies: bool
+
+
+_CARRIED_ARGUMENTS = [
+    "epsilon",
+    "momentum",
+    "scale",
+    *(f"{weight}_{kind}" for weight in ("beta", "gamma") for kind in ("initializer", "regularizer", "constraint")),
+]
+
+
+def make_layer(target: Target, options: Options, decision: Decision, with_activation: bool) -> keras.layers.Layer:
+    """Makes the layer with the activation, or the one without, that takes the place of a normalization."""
+    layer = decision.layer
+    config = {**vars(layer), **layer.get_config()}
+    center = options.center
+    if center is None:
+        center = layer.center and (options.copies or decision.activation_follows)
+    own_groups = getattr(layer, "groups", None)
+    arguments = {
+        **{key: config[key] for key in _CARRIED_ARGUMENTS if key in config},
+        "axis": normalization_axis(layer),
+        "center": layer.center if with_activation else center,
+        "channels": decision.channels,
+        "groups": own_groups or choose_groups(decision.channels, options.groups, options.min_channels_per_group),
+        "activation": decision.activation if with_activation else None,
+        "name": decision.name if with_activation else layer.name,
+        "dtype": dtype_of(decision.outermost if with_activation else layer),
+    }
+    if decision.linear is not None:
+        # Its offset is the `beta` of the new layer.
+        arguments["layer"] = clone_layer(decision.linear, use_bias=False)
+    new = target.make(arguments)
+    new.activity_regularizer = _activity_regularizer(decision, with_activation)
+    return new
+
+
+def _activity_regularizer(decision, with_activation):
+    layers = decision.absorbed if with_activation else [decision.layer]
+    regularizers = [getattr(layer, "activity_regularizer", None) for layer in layers]
+    return next((regularizer for regularizer in regularizers if regularizer is not None), None)
+
+
+def rewrites(decisions: Iterable[Decision], copies: bool) -> Iterator[Rewrite]:
+    """What becomes of the operations of a model by some decisions."""
+    for decision in decisions:
+        linear = () if decision.linear is None else (decision.linear,)
+        for layer in decision.new_layers:
+            absorbs = (*linear, *decision.absorbed) if layer is decision.activated else linear
+
+            def carry(source, new, decision=decision):
+                return _carry(decision, new, copies)
+
+            yield Rewrite(decision.layer, lambda layer=layer: layer, carry, absorbs)
+        for activation in decision.renamed:
+            dtype = dtype_of(decision.outermost)
+
+            def make(name=activation.name, dtype=dtype):
+                return keras.layers.Identity(name=name, dtype=dtype)
+
+            yield Rewrite(activation, make, lambda *_: ())
+
+
+def _carry(decision: Decision, new: Any, copies: bool) -> list[str]:
+    """Carries the weights of a normalization over to a new layer; returns what did not come through."""
+    source, linear, notes = decision.layer, decision.linear, []
+    carried = carry_by_name(source, new, copies)
+    if linear is not None:
+        carry_by_name(linear, new.layer, copies)
+        if "moving_mean" in carried and linear.use_bias:
+            # Of the outputs without the bias.
+            new.moving_mean.assign(new.moving_mean - ops.convert_to_tensor(linear.bias))
+    of_groups = isinstance(new, BatchGroupNormalization) and "moving_mean" not in carried
+    of_channels = isinstance(source, keras.layers.BatchNormalization)
+    if copies and of_groups and of_channels and not _carry_group_statistics(source, new):
+        notes.append(f"The moving statistics of '{source.name}' are those of channels. Those of parts start anew.")
+    return notes
+
+
+def _carry_group_statistics(source, target) -> bool:
+    """Sets moving statistics of groups of channels to what those of the channels say of the groups.
+
+    Returns:
+        Whether that was possible: groups of parts of channels have statistics that no channel tells.
+    """
+    mean, variance = copy_of(source.moving_mean), copy_of(source.moving_variance)
+    groups = target.moving_mean.shape[0]
+    if len(mean) % groups:
+        return False
+    mean, variance = mean.reshape(groups, -1), variance.reshape(groups, -1)
+    target.moving_mean.assign(mean.mean(1))
+    target.moving_variance.assign(variance.mean(1) + mean.var(1))
+    return True
