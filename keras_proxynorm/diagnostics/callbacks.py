@@ -108,12 +108,10 @@ class LogPowerDecomposition(_Log):
 
     >>> import keras, keras_proxynorm, numpy as np
     >>> from keras_proxynorm.diagnostics import LogPowerDecomposition
-    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
-    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
-    >>> model.add(keras.layers.GlobalAveragePooling2D())
-    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
-    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogPowerDecomposition(images)], verbose=0)
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras_proxynorm.LayerNormProxy(name="norm")])
+    >>> model.compile("sgd", "mse")
+    >>> images = np.random.normal(size=(64, 8, 8, 3))
+    >>> history = model.fit(images, images, epochs=2, callbacks=[LogPowerDecomposition(images)], verbose=0)
     >>> len(history.history["power_decomposition/P1/norm"])
     2
     """
@@ -160,7 +158,7 @@ class LogSignalPropagation(_Log):
             `signal_propagation`.
         layers: As in `signal_propagation`.
         loss: As in `signal_propagation`. Defaults to the one that the model is compiled with.
-        every: Positive integer: the number of epochs between measurements. Defaults to 1.
+        every: As in `LogPowerDecomposition`.
         log_dir: As in `LogPowerDecomposition`.
         name: As in `LogPowerDecomposition`. Defaults to ``"signal_propagation"``.
         training: As in `signal_propagation`. Defaults to True.
@@ -175,12 +173,10 @@ class LogSignalPropagation(_Log):
 
     >>> import keras, keras_proxynorm, numpy as np
     >>> from keras_proxynorm.diagnostics import LogSignalPropagation
-    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
-    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
-    >>> model.add(keras.layers.GlobalAveragePooling2D())
-    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
-    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogSignalPropagation((images, labels))], verbose=0)
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras_proxynorm.LayerNormProxy(name="norm")])
+    >>> model.compile("sgd", "mse")
+    >>> images = np.random.normal(size=(64, 8, 8, 3))
+    >>> history = model.fit(images, images, epochs=2, callbacks=[LogSignalPropagation((images, images))], verbose=0)
     >>> len(history.history["signal_propagation/cosine/norm"])
     2
     """
@@ -235,7 +231,7 @@ class LogLossLandscape(_Log):
     Args:
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
         loss: As in `loss_landscape`. Defaults to the one that the model is compiled with.
-        every: Positive integer: the number of epochs between measurements. Defaults to 1.
+        every: As in `LogPowerDecomposition`.
         log_dir: As in `LogPowerDecomposition`.
         name: As in `LogPowerDecomposition`. Defaults to ``"loss_landscape"``.
         step_sizes: As in `loss_landscape`.
@@ -250,12 +246,10 @@ class LogLossLandscape(_Log):
 
     >>> import keras, keras_proxynorm, numpy as np
     >>> from keras_proxynorm.diagnostics import LogLossLandscape
-    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
-    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
-    >>> model.add(keras.layers.GlobalAveragePooling2D())
-    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
-    >>> history = model.fit(images, labels, epochs=2, callbacks=[LogLossLandscape((images, labels))], verbose=0)
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras_proxynorm.LayerNormProxy(name="norm")])
+    >>> model.compile("sgd", "mse")
+    >>> images = np.random.normal(size=(64, 8, 8, 3))
+    >>> history = model.fit(images, images, epochs=2, callbacks=[LogLossLandscape((images, images))], verbose=0)
     >>> len(history.history["loss_landscape/effective_smoothness"])
     2
     """

@@ -1,7 +1,6 @@
 """Observes calls of layers while a model runs as it is, without a change to the model."""
 
 import contextlib
-import dataclasses
 import threading
 import warnings
 from collections.abc import Callable
@@ -29,27 +28,13 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Observer:
-    """A function that observes calls of some layers."""
-
-    names: dict[int, str]
-    observe: Callable
-
-    def around(self, layer, call):
-        """`call` as this observer sees it."""
-        if id(layer) not in self.names:
-            return call
-        return lambda *args, **kwargs: self.observe(self.names[id(layer)], layer, call, args, kwargs)
-
-
-# Each thread has its own, so that it does not observe what another one runs.
-_observers: ContextVar[tuple[_Observer, ...]] = ContextVar("observers", default=())
+# Pairs of names by layer's id and a function. Each thread has its own, so that it observes only what it runs itself.
+_observers: ContextVar[tuple[tuple[dict[int, str], Callable], ...]] = ContextVar("observers", default=())
 _hooks_lock = threading.Lock()
 
 
 class _Hook:
-    """Replaces `layer.call` while anybody observes the layer, and tells the observers of the thread that calls."""
+    """Replaces `layer.call` while any thread observes the layer, and asks the observers of the thread that calls."""
 
     def __init__(self, layer):
         self.layer, self.call, self.is_own = layer, layer.call, "call" in vars(layer)
@@ -57,9 +42,14 @@ class _Hook:
 
     def __call__(self, *args, **kwargs):
         call = self.call
-        for observer in _observers.get():
-            call = observer.around(self.layer, call)
+        for names, observe in _observers.get():
+            if id(self.layer) in names:
+                call = _observed_call(names[id(self.layer)], self.layer, call, observe)
         return call(*args, **kwargs)
+
+
+def _observed_call(name, layer, call, observe):
+    return lambda *args, **kwargs: observe(name, layer, call, args, kwargs)
 
 
 def _install(layer):
@@ -93,7 +83,7 @@ def observed(layers: Mapping[str, keras.layers.Layer], observe: Callable) -> Ite
         observe: Function of the name, the layer, its own `call`, and the positional and keyword arguments of the call;
             returns what the call returns.
     """
-    observer = _Observer({id(layer): name for name, layer in layers.items()}, observe)
+    observer = {id(layer): name for name, layer in layers.items()}, observe
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             stack.callback(_remove, _install(layer))

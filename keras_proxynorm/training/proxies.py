@@ -95,12 +95,10 @@ class CalibrateProxies(keras.callbacks.Callback):
 
     >>> import keras, keras_proxynorm, numpy as np
     >>> from keras_proxynorm.training import CalibrateProxies
-    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(16, 3)])
-    >>> model.add(keras_proxynorm.LayerNormProxy(name="norm"))
-    >>> model.add(keras.layers.GlobalAveragePooling2D())
-    >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> images, labels = np.random.normal(size=(64, 8, 8, 3)), np.random.randint(16, size=64)
-    >>> history = model.fit(images, labels, callbacks=[CalibrateProxies(images[:32], every=1)], verbose=0)
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras_proxynorm.LayerNormProxy(name="norm")])
+    >>> model.compile("sgd", "mse")
+    >>> images = np.random.normal(size=(64, 8, 8, 3))
+    >>> history = model.fit(images, images, callbacks=[CalibrateProxies(images[:32], every=1)], verbose=0)
     """
 
     def __init__(self, data: Any, every: int = 8) -> None:
