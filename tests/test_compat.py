@@ -73,6 +73,21 @@ def test_nodes_are_in_the_order_of_computation():
     assert nodes[2].args[0][0] is nodes[1].outputs[0] and nodes[2].outputs == (outputs,)
 
 
+@without_it("surgery refuses models of the classes of keras_hub, or clones those with a `call` of their own wrongly")
+def test_call_of_functional_models():
+    class Subclass(keras.Model):
+        def __init__(self):
+            inputs = keras.Input((3,))
+            super().__init__(inputs, keras.layers.Dense(3)(inputs))
+
+    class Overriding(Subclass):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    assert type(Subclass()).call is compat.functional_call()
+    assert type(Overriding()).call is not compat.functional_call()
+
+
 @without_it("layers inside of other layers and models are not found")
 def test_layers_inside_are_those_at_any_depth():
     dense = keras.layers.Dense(2)
