@@ -43,10 +43,9 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.9.
         epsilon: Float, added to the variance. Defaults to 1e-5.
         use_moving_statistics: If True, inference normalizes by the moving averages of the groups' statistics, as batch
-            normalization does. If False, by those of the batch at hand. What the authors do is not known to us; an
-            implementation by others has no averages. Defaults to True.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+            normalization does. If False, by those of the batch at hand. The authors' choice is not known; a
+            third-party implementation has no averages. Defaults to True.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.

@@ -1,8 +1,8 @@
 """Mean and variance over samples and groups of channels, merged from those of each sample and channel.
 
-What every function here promises is what `statistics` promises: no sum of raw values or their squares. A mean is two
-tensors, a pivot and the distance to it, so that large means keep their digits; variances are merged by Chan's formula,
-as the mean of the variances and the variance of the means.
+As in `keras_proxynorm.kernels.statistics`, neither raw values nor their squares are summed. A mean is two tensors, a
+pivot and the distance to it, so that large means keep their digits; variances are merged by Chan's formula, as the mean
+of the variances and the variance of the means.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from keras_proxynorm.kernels.statistics import group_moments
 from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.moments import Tensor
 
-__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "spread", "unbiased"]
+__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "unbiased"]
 
 
 class Moments(NamedTuple):
@@ -48,23 +48,10 @@ def normalize(
 ) -> Tensor:
     """``gamma (x - mean) / sqrt(variance + epsilon) + beta``.
 
-    Args:
-        x: Float tensor.
-        moments: Those of each channel.
-        axis: Index of the channel axis, positive.
-        epsilon: Float, added to the variance.
-        gamma: Vector of the channels, values of each sample and channel, or None for 1.
-        beta: As `gamma`, or None for 0.
+    `gamma` and `beta` are vectors of the channels, or values of each sample and channel, or None for 1 and 0.
     """
-    pivot, distance, variance = (spread(moment, x, axis) for moment in moments)
-    return kernels.normalize(x, pivot, distance, variance, spread(gamma, x, axis), spread(beta, x, axis), epsilon)
-
-
-def spread(values: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
-    """Values of each sample (or one for all) and channel, in a shape that broadcasts against `like`; None for None."""
-    if values is None:
-        return None
-    return ops.reshape(values, (-1, *(n if i == axis else 1 for i, n in enumerate(like.shape[1:], 1))))
+    pivot, distance, variance, gamma, beta = (channels.broadcast(v, x, axis) for v in (*moments, gamma, beta))
+    return kernels.normalize(x, pivot, distance, variance, gamma, beta, epsilon)
 
 
 def channel_moments(x: Tensor, axis: int) -> Moments:

@@ -35,17 +35,14 @@ class ConvolutionalNormalization(KernelNormalization):
 
         V_c(f) = (sum_j |K_cj(f)|^2) ^ -1/2
 
-    for the filter ``c`` and input channels ``j``, so that each filter becomes an isometry: of every frequency it lets
-    through as much as of every other. Cropping and strides follow, and then, in place of `gamma`, a
-    depthwise convolution with a kernel of the size of the convolution's, and `beta`. Nothing depends on data. Gradients
-    go through the convolution and not through ``V``. For a kernel of size 1 it is a division by the length of each
-    filter.
+    for the filter ``c`` and input channels ``j``, so that each filter becomes an isometry, with the same gain at every
+    frequency. Cropping and strides follow, and then, in place of `gamma`, a depthwise convolution with a kernel of the
+    size of the convolution's, and `beta`. Nothing depends on data. Gradients go through the convolution and not through
+    ``V``. For a kernel of size 1 it is a division by the length of each filter.
 
-    A filter that lets nothing of a frequency through, as one for edges does of the constant, cannot be made to: what
-    would be amplified there are rounding errors. `kernel_epsilon` is where that ends.
-
-    The transforms are products with matrices of cosines and sines, which take a time that grows with the size of the
-    image, and strides save nothing: expect a step to take several times that of batch normalization.
+    Where a filter has no gain, as an edge filter at frequency 0, only rounding errors could be amplified;
+    `kernel_epsilon` limits that. The transforms are products with matrices of cosines and sines. Their cost grows with
+    the size of the image, and strides save nothing: a step takes several times as long as with batch normalization.
 
     Args:
         layer: The convolution, without bias and activation: a `Conv1D` or `Conv2D` of `keras.layers` without dilation.
@@ -61,10 +58,9 @@ class ConvolutionalNormalization(KernelNormalization):
             have one known size. If False, ``V`` is that of the kernel as it is. Defaults to False.
         spectrum_momentum: Float, the share of the moving ``V`` that stays in each step. Defaults to None, the authors'
             schedule, by which it grows from 0 to 0.99 over 40000 steps.
-        **kwargs: `center`, and initializers, regularizers and constraints of `beta`, as in
-            `keras_proxynorm.GroupNormProxy`; `scale`, whether there is a depthwise convolution, whose regularizer and
-            constraint are those of `gamma`, and the center of whose kernel starts as `gamma_initializer` says; base
-            layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `beta` of `keras_proxynorm.GroupNormProxy`; `scale`, whether there is a depthwise
+            convolution, whose regularizer and constraint are those of `gamma`, and the center of whose kernel starts as
+            `gamma_initializer` says; base layer arguments.
 
     Attributes:
         layer: The convolution.

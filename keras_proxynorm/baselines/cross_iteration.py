@@ -34,7 +34,7 @@ _INVALID = ("clamp", "drop")
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class CrossIterationBatchNormalization(KernelNormalization):
-    """Batch normalization over the batches of the last few iterations (CBN), with the preceding linear layer in it.
+    """Batch normalization over the batches of the last few iterations (CBN), which wraps the preceding linear layer.
 
     A small batch has noisy statistics, and those of earlier batches are of an earlier kernel. A Taylor polynomial of
     first order corrects them for what has changed in the kernel since. With mean ``m_i`` and variance ``v_i`` of a
@@ -47,7 +47,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         z = gamma (x - m) / sqrt(v + epsilon) + beta
 
     over the iterations ``i = 0, ..., window - 1``, or as many as there have been. That is the formula of the paper,
-    which has raw moments ``E[x^2]`` in the place of variances. While the kernel does not change, as between the steps
+    which has raw moments ``E[x^2]`` in place of variances. While the kernel does not change, as between the steps
     of accumulated gradients, it is batch normalization over all the batches together. Gradients go through the present
     batch only: what is remembered is constant. Changes in the kernels of earlier layers are not corrected for.
 
@@ -67,12 +67,11 @@ class CrossIterationBatchNormalization(KernelNormalization):
             remembered, while kernels change fast. The paper has 25 epochs of ImageNet, 3 of COCO. Defaults to 0.
         momentum: Float, the share of the moving averages that stays in each step. Defaults to 0.9.
         epsilon: Float, added to the variance. Defaults to 1e-5.
-        compensation: Number or boolean, a factor of the inner products above. With 0 or False nothing is corrected
+        compensation: Number or boolean that multiplies the inner products above. With 0 or False nothing is corrected
             ("naive CBN"), and no derivatives are computed and stored. Defaults to 1.
         invalid: What becomes of a negative ``v'_i``. ``"clamp"``, as in the paper: it is 0. ``"drop"``, as in the
             authors' code: this iteration does not enter the averages of this channel. Defaults to ``"clamp"``.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.
@@ -80,12 +79,12 @@ class CrossIterationBatchNormalization(KernelNormalization):
         iterations: Integer weight, the number of training calls so far.
 
     Call arguments:
-        inputs: Float tensor, as for the layer inside; sizes other than that of the channel axis may be unknown.
+        inputs: Float tensor, as for the wrapped layer; sizes other than that of the channel axis may be unknown.
         training: Whether to use the statistics of the batches and to remember them. A frozen layer does not.
 
     Output:
-        A tensor of the shape of the output of the layer inside, in the layer's compute dtype, with the mask that the
-        layer inside passes on. Statistics are float32 at least.
+        A tensor as of the wrapped layer, in the layer's compute dtype, with the mask that the wrapped layer passes on.
+        Statistics are float32 at least.
 
     State and cost:
         The last ``window - 1`` iterations are non-trainable weights, saved with the others, so that training goes on

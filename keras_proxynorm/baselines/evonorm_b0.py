@@ -9,7 +9,6 @@ from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import spread
 from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
@@ -36,8 +35,7 @@ class EvoNormB0(MovingStatisticsLayer):
         nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
             the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.
@@ -101,7 +99,7 @@ class EvoNormB0(MovingStatisticsLayer):
         axis = self._channel_axis(x.shape)
         if self.v is not None:
             of_sample = unbiased(of_channels.variance, group_size(x, x.shape[axis], axis))
-            stddev, sample_stddev = (spread(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
+            stddev, sample_stddev = (broadcast(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)
             x = x / ops.maximum(stddev, v * x + sample_stddev)
         return kernels.affine(x, broadcast(gamma, x, axis), broadcast(beta, x, axis))

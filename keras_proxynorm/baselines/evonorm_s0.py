@@ -12,7 +12,6 @@ from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.arguments import check_divides_channels
 from keras_proxynorm.baselines.batch_statistics import channel_moments
 from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import spread
 from keras_proxynorm.baselines.batch_statistics import unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
@@ -40,8 +39,7 @@ class EvoNormS0(NormalizationLayer):
         nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
             the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.
@@ -105,7 +103,7 @@ class EvoNormS0(NormalizationLayer):
             groups = self._number_of_groups(x.shape)
             variance = merge(channel_moments(x, axis), groups, samples=1).variance
             scale = ops.rsqrt(unbiased(variance, group_size(x, groups, axis)) + self.epsilon)
-            x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * spread(scale, x, axis)
+            x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * broadcast(scale, x, axis)
         return ops.cast(kernels.affine(x, gamma, beta), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

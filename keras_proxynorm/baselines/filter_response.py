@@ -36,8 +36,7 @@ class FilterResponseNormalization(NormalizationLayer):
         learn_epsilon: If False, `epsilon` stays as it is. Defaults to True.
         nonlinearity: If False, there is no threshold. Defaults to True.
         tau_initializer: Initializer of `tau`. Defaults to zeros, so that the layer starts with a relu.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.

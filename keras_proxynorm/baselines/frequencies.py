@@ -16,7 +16,7 @@ __all__ = ["filter_frequencies", "kernel_power"]
 
 
 def kernel_power(kernel: Tensor, sizes: Sequence) -> Tensor:
-    """Of each filter of a kernel, the power of each frequency, summed over input channels.
+    """The power of each frequency of each filter of a kernel, summed over input channels.
 
     Args:
         kernel: Tensor of shape ``(*kernel sizes, input channels, filters)``.

@@ -53,8 +53,7 @@ class GhostBatchNormalization(MovingStatisticsLayer):
         epsilon: Float, added to the variance. Defaults to 1e-5.
         inference_example_weight: Float from 0 to 1, the weight of the sample at inference. 1 is instance
             normalization, or, with `channel_groups`, group normalization. Defaults to 0.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.

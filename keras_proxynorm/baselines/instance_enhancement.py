@@ -37,8 +37,7 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
         epsilon: Float, added to the variance. Defaults to 1e-5.
         gate_gamma_initializer: Initializer of `gate_gamma`. Defaults to zeros.
         gate_beta_initializer: Initializer of `gate_beta`. Defaults to the constant -1.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.

@@ -1,4 +1,4 @@
-"""What the methods share that contain the preceding linear layer, because they read or change its kernel."""
+"""What the methods share that wrap the preceding linear layer, because they read or change its kernel."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _classes(names):
 
 
 class KernelNormalization(NormalizationLayer):
-    """A normalization that contains a linear layer; subclasses say in `_normalize` what they compute.
+    """A normalization that wraps a linear layer; subclasses say in `_normalize` what they compute.
 
     Not meant to be used directly. As in `keras.layers.SpectralNormalization`, the linear layer is the first argument.
     """
@@ -60,7 +60,7 @@ class KernelNormalization(NormalizationLayer):
 
     @classmethod
     def unsupported_because(cls, layer: Any) -> str | None:
-        """Why a layer, were it without bias and activation, cannot be contained; None if it can."""
+        """Why a layer cannot be wrapped, even without bias and activation; None if it can."""
         if type(layer) not in _classes(cls.kinds):
             return f"which is a {type(layer).__name__}"
         if getattr(layer, "lora_rank", None) or getattr(layer, "quantization_mode", None):
@@ -99,14 +99,14 @@ class KernelNormalization(NormalizationLayer):
 
         Args:
             inputs: The inputs, of any float dtype.
-            kernel: The kernel of the layer inside, in `dtype`.
+            kernel: The kernel of the wrapped layer, in `dtype`.
             dtype: The dtype that statistics are computed in.
             training: Whether it is trained.
         """
         raise NotImplementedError
 
     def _linear(self, inputs, kernel, dtype):
-        """What the layer inside makes of the inputs with another kernel, computed in its own dtype, cast to `dtype`."""
+        """The outputs of the wrapped layer with another kernel, computed in its own dtype and cast to `dtype`."""
         mapping = [(v, kernel if v is self.layer.kernel else v.value) for v in self.layer.variables]
         with keras.StatelessScope(state_mapping=mapping):
             return ops.cast(self.layer(inputs), dtype)
@@ -116,7 +116,7 @@ class KernelNormalization(NormalizationLayer):
         return ops.reshape(kernel, (-1, self.channels))
 
     def inference_linear(self) -> tuple[np.ndarray, np.ndarray, Any] | None:
-        """The kernel, the bias and the activation with which the layer inside alone is this layer at inference.
+        """Kernel, bias and activation with which the wrapped layer alone computes what this layer does at inference.
 
         Returns:
             ``(kernel, bias, activation)``, NumPy arrays in float64 where the backend has it, and an activation as Keras
@@ -129,7 +129,7 @@ class KernelNormalization(NormalizationLayer):
 
     def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), "layer": keras.saving.serialize_keras_object(self.layer)}
-        # It is that of the layer inside.
+        # It is that of the wrapped layer.
         del config["axis"]
         return config
 

@@ -1,4 +1,4 @@
-"""What each output of a convolution sees of the input: the derivatives of its moments with respect to the kernel."""
+"""Derivatives of the moments of a convolution's outputs with respect to its kernel, by patches of its inputs."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def moment_derivatives(
     means, covariances = [], []
     for patch in _patches(inputs, positions[1:], kernel_size, strides, dilation_rate, padding):
         mean = ops.sum(position_sums(patch, len(patch.shape) - 1), axis=0, keepdims=True) / count
-        # Centered, too, lest large offsets swallow the digits of the product.
+        # Centered, too: large offsets would take digits from the product.
         deviations = ops.reshape(patch - mean, (-1, groups, channels))
         means.append(ops.transpose(ops.reshape(mean, (groups, channels))))
         covariances.append(_products(deviations, centered) / count)

@@ -26,8 +26,7 @@ class VarianceNormalization(MovingStatisticsLayer):
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         momentum: Float, the share of the moving average that stays in each step. Defaults to 0.9.
         epsilon: Float, added to the variance. Defaults to 1e-5.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma, beta: Weights of shape ``(channels,)``, or None.

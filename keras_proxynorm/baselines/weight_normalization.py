@@ -28,18 +28,17 @@ class WeightNormalization(ActivatedKernelNormalization):
         kernel_epsilon: Float, added to the length of a filter. Defaults to 1e-5.
         activation: The activation after the layer, as in `keras_proxynorm.GroupNormProxy`; with None nothing is
             standardized. Defaults to ``"relu"``.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma: Weight of shape ``(channels,)``, or None.
         beta: Weight of shape ``(channels,)``, or None.
 
     Call arguments:
-        inputs: Float tensor, as for the layer inside.
+        inputs: Float tensor, as for the wrapped layer.
 
     Output:
-        A tensor of the shape of the output of the layer inside, in the layer's compute dtype.
+        A tensor of the shape of the output of the wrapped layer, in the layer's compute dtype.
 
     Raises:
         ValueError: For bad arguments.

@@ -1,4 +1,4 @@
-"""Weight standardization: filters of zero mean and unit variance in the place of normalized activations."""
+"""Weight standardization: filters of zero mean and unit variance in place of normalized activations."""
 
 from typing import Any
 
@@ -32,18 +32,17 @@ class WeightStandardization(ActivatedKernelNormalization):
         kernel_epsilon: Float, added to the standard deviation of a filter. Defaults to 1e-5.
         activation: The activation after the layer, as in `keras_proxynorm.GroupNormProxy`; with None the gain is 1.
             Defaults to ``"relu"``.
-        **kwargs: `center`, `scale`, and initializers, regularizers and constraints of `beta` and `gamma`, as in
-            `keras_proxynorm.GroupNormProxy`; base layer keyword arguments, such as `name` and `dtype`.
+        **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
         gamma: Weight of shape ``(channels,)``, or None.
         beta: Weight of shape ``(channels,)``, or None.
 
     Call arguments:
-        inputs: Float tensor, as for the layer inside.
+        inputs: Float tensor, as for the wrapped layer.
 
     Output:
-        A tensor of the shape of the output of the layer inside, in the layer's compute dtype.
+        A tensor of the shape of the output of the wrapped layer, in the layer's compute dtype.
 
     Raises:
         ValueError: For bad arguments.

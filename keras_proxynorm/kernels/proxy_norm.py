@@ -120,17 +120,7 @@ def normalize(
 ) -> Tensor:
     """``gamma (x - mean) / sqrt(variance + epsilon) + beta``, where the mean is ``pivot + distance``.
 
-    Args:
-        x: Float tensor.
-        pivot: Tensor that broadcasts against `x`, see `group_moments`.
-        distance: Tensor of the shape of `pivot`.
-        variance: Tensor of the shape of `pivot`.
-        gamma: Tensor that broadcasts against `x`, or None for 1.
-        beta: Tensor that broadcasts against `x`, or None for 0.
-        epsilon: Float, added to the variance.
-
-    Returns:
-        A tensor of the shape and dtype of `x`.
+    All tensors broadcast against `x`; see `group_moments` for the first three. `gamma` is None for 1, `beta` for 0.
     """
     scale = affine(ops.rsqrt(variance + epsilon), gamma, None)
     # Not x * scale - mean * scale: the gradient of the scale then sums centered values.
@@ -147,16 +137,8 @@ def proxy_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``activation(gamma Y + beta)`` for the proxy ``Y ~ N(proxy[0], (1 + proxy[1]) ** 2)``.
 
-    Args:
-        activation: The activation, with what is known of its shape.
-        gamma: Tensor of shape ``(channels,)``, or None for 1.
-        beta: Tensor of shape ``(channels,)``, or None for 0.
-        proxy: Tensor of shape ``(2, channels)``.
-        method: ``"exact"`` or ``"quantiles"``.
-        num_quantiles: Number of points for ``"quantiles"``.
-
-    Returns:
-        ``(mean, variance)``, tensors of shape ``(channels,)``.
+    `gamma` and `beta` have the shape ``(channels,)``, or are None for 1 and 0; `proxy` has ``(2, channels)``. The other
+    arguments are those of `keras_proxynorm.activation_moments`. Returns two tensors of shape ``(channels,)``.
     """
     mean, stddev = ops.unstack(proxy)
     stddev = 1.0 + stddev

@@ -118,7 +118,7 @@ def position_sums(x: Tensor, axis: int) -> Tensor:
 
 
 def _chunks(axes, shape, longest=_LONGEST_SUM):
-    """Axes to sum over together, the last ones first: long sums lose digits, and many short ones take time."""
+    """Axes to sum over together, the last ones first: long sums are less exact, and many short ones are slow."""
     chunks: list[tuple[int, ...]] = []
     length = math.inf
     for axis in reversed(axes):

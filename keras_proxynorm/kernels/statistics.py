@@ -68,7 +68,7 @@ def group_pivot(x: Tensor, groups: int, axis: int) -> Tensor:
             pixel.append(slice(index, index + 1))
         pixel[axis] = slice(None)
         members[axis] = slice(choose(per_group), None, per_group)
-        # A barrier, lest their layout becomes that of the input.
+        # A barrier, so that the input keeps its own layout.
         return barrier(x[tuple(pixel)])[tuple(members)]
 
     a, b, c = elements(lambda size: size // 4), elements(lambda size: size // 2), elements(lambda size: 3 * size // 4)

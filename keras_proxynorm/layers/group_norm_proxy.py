@@ -45,12 +45,9 @@ class GroupNormProxy(ProxyNormalizationLayer):
         epsilon: Float, added to the variance of the input. Defaults to 1e-3.
         center: If True, add `beta` before the activation. Defaults to True.
         scale: If True, multiply by `gamma` before the activation. Defaults to True.
-        beta_initializer: Initializer of `beta`. Defaults to zeros.
-        gamma_initializer: Initializer of `gamma`. Defaults to ones.
-        beta_regularizer: Optional regularizer of `beta`.
-        gamma_regularizer: Optional regularizer of `gamma`.
-        beta_constraint: Optional constraint of `beta`.
-        gamma_constraint: Optional constraint of `gamma`.
+        beta_initializer, gamma_initializer: Initializers of `beta` and `gamma`. Default to zeros and ones.
+        beta_regularizer, gamma_regularizer: Optional regularizers of `beta` and `gamma`.
+        beta_constraint, gamma_constraint: Optional constraints of `beta` and `gamma`.
         activation: The name of an activation, an elementwise callable of one tensor that can be saved (a registered
             function, or a `functools.partial` of one with keyword arguments), a parameter-free Keras activation layer,
             or None. A function of your own may hold variables and have a gradient of its own; training then takes more
@@ -69,11 +66,9 @@ class GroupNormProxy(ProxyNormalizationLayer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
         proxy: Weight of shape ``(2, channels)``, or None where the activation is the identity.
-        proxy_mean: Tensor of shape ``(channels,)``.
-        proxy_stddev: Tensor of shape ``(channels,)``.
+        proxy_mean, proxy_stddev: Tensors of shape ``(channels,)``, or None.
 
     Call arguments:
         inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.

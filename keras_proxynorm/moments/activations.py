@@ -15,6 +15,7 @@ import numpy as np
 from keras import activations
 from keras import ops
 
+from keras_proxynorm.arguments import argument_error
 from keras_proxynorm.moments.closed_forms import exponential_moments
 from keras_proxynorm.moments.closed_forms import rectifier_moments
 from keras_proxynorm.moments.precision import Tensor
@@ -167,16 +168,13 @@ def register_activation(fn: Callable, kinks: Iterable[float] = ()) -> Callable:
     0.15068
     """
     if not callable(fn) or not isinstance(fn, Hashable) or isinstance(fn, keras.layers.Layer):
-        raise ValueError(
-            "Argument `fn` must be a function of one tensor or a class of activation layers, not an instance. "
-            f"Received: fn={fn!r}"
-        )
+        raise argument_error("fn", fn, "a function of one tensor or a class of activation layers, not an instance")
     try:
         points = tuple(sorted({float(kink) for kink in kinks}))
     except (TypeError, ValueError):
         points = (float("nan"),)
     if not np.all(np.isfinite(points)):
-        raise ValueError(f"Argument `kinks` must be an iterable of finite numbers. Received: kinks={kinks!r}")
+        raise argument_error("kinks", kinks, "an iterable of finite numbers")
     _REGISTERED[fn] = points
     return fn
 
@@ -199,15 +197,15 @@ def resolve_activation(activation: Any) -> ElementwiseActivation:
         function = None
     if function is None or inspect.isclass(function):
         names = ", ".join(sorted(known.__name__ for known in _SHAPES if known is not activations.threshold))
-        raise ValueError(
-            f"Argument `activation` must be the name of an activation ({names}), a callable or an instance of a "
-            f"parameter-free Keras activation layer. Received: activation={activation!r}"
+        raise argument_error(
+            "activation",
+            activation,
+            f"the name of an activation ({names}), a callable or an instance of a parameter-free Keras layer",
         )
     is_layer = isinstance(function, keras.layers.Layer)
     if is_layer and (isinstance(function, keras.layers.PReLU) or function.weights):
-        raise ValueError(
-            "Argument `activation` must have no weights: proxy normalization needs one function for all elements. "
-            f"Received: activation={activation!r}"
+        raise argument_error(
+            "activation", activation, "without weights: proxy normalization needs one function for all elements"
         )
     # Not a layer's __call__, which would cast to the layer's own compute dtype.
     call = function.call if is_layer else function
@@ -223,9 +221,10 @@ def resolve_activation(activation: Any) -> ElementwiseActivation:
     try:
         shape = _SHAPES[known](**arguments)
     except TypeError as error:
-        raise ValueError(
-            f"Argument `activation` must be callable with one tensor; {known.__name__} needs other arguments. Wrap it "
-            f"in a function of one tensor. Received: activation={activation!r}"
+        raise argument_error(
+            "activation",
+            activation,
+            f"callable with one tensor; {known.__name__} needs other arguments. Wrap it in a function of one tensor",
         ) from error
     function = functools.partial(known, **arguments) if arguments else known
     return ElementwiseActivation(function, **shape, is_standard=True)
@@ -256,15 +255,15 @@ _PROBE = _PROBE[:120].reshape(10, 12).astype("float32")
 
 
 def _examine(function, activation):
-    """Checks by evaluation that an unknown function is elementwise, and whether the quadrature does it justice."""
+    """Checks by evaluation that an unknown function is elementwise, and whether the quadrature is accurate for it."""
     parts = (_PROBE, _PROBE.reshape(-1, 1), _PROBE[3:7, 2:9])
     with _outside_of_traces():
         try:
             values = [ops.convert_to_numpy(function(ops.convert_to_tensor(x))) for x in parts]
         except Exception as error:
-            raise ValueError(
-                "Argument `activation` must be callable with one float tensor of any shape. "
-                f"Received: activation={activation!r}, which fails with {type(error).__name__}: {error}"
+            fault = f"which fails with {type(error).__name__}: {error}"
+            raise argument_error(
+                "activation", activation, "callable with one float tensor of any shape", fault
             ) from error
         whole, column, block = values
         if [x.shape for x in values] != [x.shape for x in parts] or not (
@@ -301,9 +300,10 @@ def _outside_of_traces():
 
 
 def _not_elementwise(activation):
-    return ValueError(
-        "Argument `activation` must act on each element alone; softmax, log_softmax, glu, sparsemax and the like have "
-        f"no proxy normalization. Received: activation={activation!r}"
+    return argument_error(
+        "activation",
+        activation,
+        "a function of each element alone; softmax, log_softmax, glu, sparsemax and so on have no proxy normalization",
     )
 
 

@@ -10,6 +10,14 @@ from baselines.samples import normal
 from keras_proxynorm.baselines import EvoNormS0
 
 
+def test_groups_of_single_values_are_warned_about():
+    assert EvoNormS0(4).values_per_statistic((None, 3, 5, 8)) == 30
+    assert EvoNormS0(-1).values_per_statistic((None, None, 8)) is None
+    assert EvoNormS0(8, nonlinearity=False).values_per_statistic((None, 8)) is None
+    with pytest.warns(UserWarning, match="'norm' has inputs of shape .*None, 8.*only `epsilon` divides them"):
+        EvoNormS0(8, name="norm").build((None, 8))
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8, -1])
 def test_values(groups):
     layer = built(lambda: EvoNormS0(groups), (None, 3, 5, 8))

@@ -10,6 +10,16 @@ from baselines.samples import normal
 from keras_proxynorm.baselines import FilterResponseNormalization
 
 
+def test_inputs_without_positions_are_warned_about():
+    layer = FilterResponseNormalization(name="norm")
+    assert layer.values_per_statistic((None, 3, 5, 8)) == 15
+    assert layer.values_per_statistic((None, None, 8)) is None
+    for shape in ((None, 8), (None, 1, 1, 8)):
+        assert layer.values_per_statistic(shape) == 1
+        with pytest.warns(UserWarning, match="'norm' has inputs of shape .*None.*little more than its sign is left"):
+            FilterResponseNormalization(name="norm").build(shape)
+
+
 @pytest.mark.parametrize("nonlinearity", [True, False])
 @pytest.mark.parametrize("epsilon", [1e-5, 0.5])
 def test_values(nonlinearity, epsilon):

@@ -150,9 +150,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_groups_must_divide_the_channels():
-    with pytest.raises(
-        ValueError, match="`channel_groups` must be a divisor of.*channels, 8: .*Received: .*=3"
-    ):
+    with pytest.raises(ValueError, match="`channel_groups` must be a divisor of.*channels, 8: .*Received: .*=3"):
         GhostBatchNormalization(2, 3).build((None, 4, 4, 8))
     with pytest.raises(ValueError, match="`l2`.*Received: l2=-1"):
         L2TowardOne(-1)

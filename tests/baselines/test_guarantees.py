@@ -1,5 +1,6 @@
 """What every baseline does alike: configs, precision, compilation, layouts, gradients, files, freezing, errors."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -300,6 +301,32 @@ def test_training_goes_on_in_a_fresh_process(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{len(BASELINES)} equal"
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_statistics_of_the_batch_are_of_no_single_sample(name):
+    assert BASELINES[name]().values_per_statistic((None, 8)) is None
+
+
+BAD_VALUES = {
+    "axis": [1.5],
+    "momentum": [1.5],
+    **dict.fromkeys(("epsilon", "kernel_epsilon"), [-1.0, float("inf"), float("nan")]),
+    **dict.fromkeys(("nonlinearity", "learn_epsilon", "use_moving_statistics"), ["no", 1]),
+    **dict.fromkeys(("batch_normalization", "moving_spectrum"), ["no", 1]),
+}
+
+
+@every_baseline
+def test_bad_arguments(name):
+    taken = [argument for argument in BAD_VALUES if argument in inspect.signature(type(BASELINES[name]())).parameters]
+    if name == "filter_response_plain":
+        taken.remove("nonlinearity")  # which its sample gives
+    assert taken
+    for argument in ("center", "scale", *taken):
+        for value in BAD_VALUES.get(argument, ["no", None]):
+            with pytest.raises(ValueError, match=f"`{argument}` must be .* Received: {argument}={value!r}"):
+                BASELINES[name](**{argument: value})
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -108,7 +108,7 @@ def test_relu_with_a_far_limit_is_not_taken_for_relu():
     ],
 )
 def test_what_mixes_elements_is_refused(activation):
-    with pytest.raises(ValueError, match="`activation` must act on each element alone.*Received: activation="):
+    with pytest.raises(ValueError, match="`activation` must be .* of each element alone.*Received: activation="):
         resolve_activation(activation)
 
 
@@ -125,8 +125,8 @@ def layer_with_weights():
         (3, "must be the name of an activation"),
         (keras.layers.ReLU, "an instance of a"),
         ("threshold", "needs other arguments"),
-        (keras.layers.PReLU(), "no weights"),
-        (layer_with_weights(), "no weights"),
+        (keras.layers.PReLU(), "without weights"),
+        (layer_with_weights(), "without weights"),
         (lambda x, y: x + y, "callable with one float tensor.*fails with TypeError"),
     ],
 )

@@ -36,19 +36,8 @@ def normalize_and_activate(
     keeps as few whole tensors as batch normalization does: `x`, and the output or the input of the activation. It can
     be differentiated again, to any order; that goes by automatic differentiation of the formula.
 
-    Args:
-        x: Float tensor of rank 2 or more; axis 0 is the batch.
-        scale: Tensor of shape ``(channels,)``.
-        offset: Tensor of shape ``(channels,)``.
-        output_scale: Tensor of shape ``(channels,)``, positive.
-        output_offset: Tensor of shape ``(channels,)``.
-        activation: The activation.
-        groups: Number of groups of channels that share their statistics.
-        axis: Index of the channel axis, positive.
-        epsilon: Added to the variance.
-
-    Returns:
-        A tensor of the shape and dtype of `x`.
+    Scales and offsets have the shape ``(channels,)``, and output scales are positive. The other arguments, and what is
+    returned, are those of `keras_proxynorm.kernels.group_normalize_and_activate`.
     """
     vectors = [scale, offset, output_offset, output_scale]
     if activation.is_homogeneous:
