@@ -193,14 +193,14 @@ def collapse_report(
         model, data, layers, training=training, batch_size=batch_size, steps=steps, verbose=verbose
     )
     power = decomposition(measured)
-    offs = np.array([_off(layer, powers, training) for layer, powers in measured.values()])
+    distances = np.array([_distances(layer, powers, training) for layer, powers in measured.values()])
     findings = []
-    for (name, (layer, powers)), terms, off in zip(measured.items(), power.powers, offs, strict=True):
-        findings += _findings(name, layer, powers, terms, *off)
-    return CollapseReport(power.names, power, offs[:, 0], offs[:, 1], tuple(findings))
+    for (name, (layer, powers)), terms, distance in zip(measured.items(), power.powers, distances, strict=True):
+        findings += _findings(name, layer, powers, terms, *distance)
+    return CollapseReport(power.names, power, distances[:, 0], distances[:, 1], tuple(findings))
 
 
-def _off(layer, powers, training):
+def _distances(layer, powers, training):
     """Distance of the means and ratio of the standard deviations between the channels and those that are expected."""
     mean, stddev = np.zeros_like(powers.mean), np.ones_like(powers.mean)
     if isinstance(layer, ProxyNormalizationLayer):

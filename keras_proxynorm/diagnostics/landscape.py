@@ -176,44 +176,55 @@ def loss_landscape(
     sizes = np.geomspace(1e-4, 10, 16) if step_sizes is None else _as_step_sizes(step_sizes)
     if isinstance(divergence, bool) or not isinstance(divergence, Real) or not float(divergence) >= 1:
         raise argument_error("divergence", divergence, "a number from 1 on")
-    compute_loss = batch_loss(model, loss, training)
+    evaluate = _loss_and_gradient(model, batch_loss(model, loss, training), _whole(batch))
+    start = [keras.ops.convert_to_tensor(variable) for variable in variables]
+    before, gradient = evaluate(start)
+
+    def evaluate_after(size):
+        steps = zip(start, gradient, strict=True)
+        return evaluate([w if g is None else w - keras.ops.cast(size, w.dtype) * g for w, g in steps])
+
+    # The smallest steps may change the loss by less than its rounding.
+    limit = before + (divergence - 1 + 4 * _rounding(model)) * abs(before)
+
+    def is_stable(loss):
+        return bool(np.isfinite(loss) and loss <= limit)
+
+    losses, changes = [], []
+    for size in sizes:
+        after, changed = evaluate_after(size)
+        losses.append(after)
+        changes.append(norm([_difference(a, b) for a, b in zip(changed, gradient, strict=True)]))
+    stable = [is_stable(after) for after in losses]
+    largest = _last_stable(sizes, stable, lambda size: is_stable(evaluate_after(size)[0]))
+    return LossLandscape(before, norm(gradient), sizes, np.array(losses), np.array(changes), largest)
+
+
+def _whole(batch):
+    """A batch that the user gave, as one batch whatever its size."""
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         raise ValueError(
             "Argument `batch` must be a tuple (inputs, targets) or (inputs, targets, sample_weights). "
             f"Received: batch of the type {type(batch).__name__}"
         )
-    # All of it at once, regardless of its size.
     (whole,) = batches(iter([batch]))
+    return keras.tree.map_structure(lambda x: None if x is None else keras.ops.convert_to_tensor(x), whole)
+
+
+def _loss_and_gradient(model, compute_loss, batch):
+    """The loss of a batch and its gradient, as a compiled function of the values of the trainable weights."""
 
     def loss_at(values, batch):
-        with left_unchanged(variables, values):
+        with left_unchanged(model.trainable_variables, values):
             return compute_loss(*batch)
 
-    evaluate = compiled_value_and_gradients(loss_at)
-    tensors = keras.tree.map_structure(lambda x: None if x is None else keras.ops.convert_to_tensor(x), whole)
-    start = [keras.ops.convert_to_tensor(variable) for variable in variables]
-    before, gradient = evaluate(start, tensors)
-    before, length = _number(before), norm(gradient)
+    compiled = compiled_value_and_gradients(loss_at)
 
-    def after(size):
-        return [w if g is None else w - keras.ops.cast(size, w.dtype) * g for w, g in zip(start, gradient, strict=True)]
+    def evaluate(values):
+        loss, gradient = compiled(values, batch)
+        return float(keras.ops.convert_to_numpy(loss)), gradient
 
-    losses, changes = [], []
-    for size in sizes:
-        value, there = evaluate(after(size), tensors)
-        pairs = zip(there, gradient, strict=True)
-        losses.append(_number(value))
-        changes.append(norm([_difference(a, b) for a, b in pairs]))
-
-    # The smallest steps may change the loss by less than its rounding.
-    limit = before + (divergence - 1 + 4 * _rounding(model)) * abs(before)
-
-    def is_stable(value):
-        return bool(np.isfinite(value) and value <= limit)
-
-    stable = [is_stable(value) for value in losses]
-    largest = _last_stable(sizes, stable, lambda size: is_stable(_number(evaluate(after(size), tensors)[0])))
-    return LossLandscape(before, length, sizes, np.array(losses), np.array(changes), largest)
+    return evaluate
 
 
 def _as_step_sizes(step_sizes):
@@ -224,10 +235,6 @@ def _as_step_sizes(step_sizes):
     if sizes.ndim != 1 or not sizes.size or not np.isfinite(sizes).all() or not (np.diff(sizes, prepend=0) > 0).all():
         raise argument_error("step_sizes", step_sizes, "positive numbers in increasing order")
     return sizes
-
-
-def _number(scalar):
-    return float(keras.ops.convert_to_numpy(scalar))
 
 
 def _rounding(model):
