@@ -90,15 +90,12 @@ class LogPowerDecomposition(_Log):
 
     Args:
         data: Inputs, as in `power_decomposition`. Some tens of samples suffice.
-        layers: As in `power_decomposition`.
         every: Positive integer: the number of epochs between measurements. Defaults to 1.
         log_dir: Optional directory of TensorBoard, such as that of `keras.callbacks.TensorBoard`; the callback writes
             to the subdirectory "diagnostics".
         name: Prefix of the names of the numbers, to distinguish two of these callbacks. Defaults to
             ``"power_decomposition"``.
-        training: As in `power_decomposition`. Defaults to False.
-        batch_size: As in `power_decomposition`. Defaults to 32.
-        steps: As in `power_decomposition`.
+        layers, training, batch_size, steps: As in `power_decomposition`.
 
     Raises:
         ImportError: If `log_dir` is given and tensorboard is not installed.
@@ -156,14 +153,8 @@ class LogSignalPropagation(_Log):
     Args:
         data: A tuple ``(inputs, targets)``, or only inputs to leave out gradients, or a dataset of such batches, as in
             `signal_propagation`.
-        layers: As in `signal_propagation`.
-        loss: As in `signal_propagation`. Defaults to the one that the model is compiled with.
-        every: As in `LogPowerDecomposition`.
-        log_dir: As in `LogPowerDecomposition`.
-        name: As in `LogPowerDecomposition`. Defaults to ``"signal_propagation"``.
-        training: As in `signal_propagation`. Defaults to True.
-        batch_size: As in `signal_propagation`. Defaults to 32.
-        steps: As in `signal_propagation`.
+        every, log_dir, name: As in `LogPowerDecomposition`. The name defaults to ``"signal_propagation"``.
+        layers, loss, training, batch_size, steps: As in `signal_propagation`.
 
     Raises:
         ImportError: If `log_dir` is given and tensorboard is not installed.
@@ -230,13 +221,8 @@ class LogLossLandscape(_Log):
 
     Args:
         batch: A tuple ``(inputs, targets)`` or ``(inputs, targets, sample_weights)``, as in `loss_landscape`.
-        loss: As in `loss_landscape`. Defaults to the one that the model is compiled with.
-        every: As in `LogPowerDecomposition`.
-        log_dir: As in `LogPowerDecomposition`.
-        name: As in `LogPowerDecomposition`. Defaults to ``"loss_landscape"``.
-        step_sizes: As in `loss_landscape`.
-        divergence: As in `loss_landscape`. Defaults to 1.
-        training: As in `loss_landscape`. Defaults to True.
+        every, log_dir, name: As in `LogPowerDecomposition`. The name defaults to ``"loss_landscape"``.
+        loss, step_sizes, divergence, training: As in `loss_landscape`.
 
     Raises:
         ImportError: If `log_dir` is given and tensorboard is not installed.

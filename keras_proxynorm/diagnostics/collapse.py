@@ -164,9 +164,7 @@ def collapse_report(
         data: Inputs, as in `power_decomposition`.
         layers: Normalization layers, as in `power_decomposition`. Defaults to all.
         training: If True, batch normalizations use the statistics of the batch. Defaults to False.
-        batch_size: Positive integer, for arrays. Defaults to 32.
-        steps: Positive integer, the maximum number of batches. Defaults to all.
-        verbose: 1 for a progress bar, 0 for none. Defaults to 1.
+        batch_size, steps, verbose: As in `power_decomposition`.
 
     Returns:
         A `CollapseReport`; print it.

@@ -109,9 +109,7 @@ def signal_propagation(
         loss: A name, a function or an instance of a loss. Defaults to the one that the model is compiled with.
         training: Whether the model is called as in training: batch normalizations use the statistics of the batch, and
             their moving averages do not change. Defaults to True.
-        batch_size: Positive integer, for arrays. Defaults to 32.
-        steps: Positive integer, the maximum number of batches. Defaults to all.
-        verbose: 1 for a progress bar, 0 for none. Defaults to 1.
+        batch_size, steps, verbose: As in `power_decomposition`.
 
     Returns:
         A `SignalPropagation`.
