@@ -15,14 +15,15 @@ import accuracy
 import finetuning
 import proxy_distance
 import replaced_accuracy
+from grids import ROOT
+from grids import SEEDS
+from grids import chosen_runs
+from grids import read_results
+from grids import tried_rates
 from measurement import read_rows
-from rate_search import SEEDS
-from rate_search import chosen_runs
-from rate_search import read_results
-from rate_search import tried_rates
 
-PAGE = accuracy.ROOT / "docs" / "accuracy.md"
-PLOTS = accuracy.ROOT / "docs" / "accuracy"
+PAGE = ROOT / "docs" / "accuracy.md"
+PLOTS = ROOT / "docs" / "accuracy"
 # With it the study also compares, because rates that are chosen by one seed are noisy.
 STUDY_RATE = 0.03
 LABELS = {

@@ -1,9 +1,10 @@
-"""Prints the table of docs/baselines.md: what is compared, which limit cases are tested, what it costs, how accurate.
+"""Prints the table of docs/baselines.md, and writes its plot: tested limit cases, costs and accuracies.
 
-    python benchmarks/comparison_table.py
+    python3 -m pip install -e ".[examples,plots]"
+    python3 benchmarks/comparison_table.py
 
-takes a second. It reads what examples/compare.py and benchmarks/normalization_cost.py have written:
-docs/comparison/compare.csv and results/normalization_cost-*.csv.
+takes seconds. It reads what `comparison.py` and `normalization_cost.py` have written: docs/comparison/compare.csv and
+results/normalization_cost-*.csv.
 """
 
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 from measurement import read_rows
 
 ROOT = Path(__file__).parents[1]
+COMPARISON = ROOT / "docs" / "comparison" / "compare.csv"
 COST_BATCH_SIZES, BATCH_SIZES = (8, 64), (2, 8, 64)
 # The paper, what it is called here, and the limit cases with their tests.
 ROWS = [
@@ -126,12 +128,61 @@ def make_table(comparison, costs):
 def measured_table():
     """The table of what was measured last, as far as the names of the files, which have versions in them, tell."""
     costs = sorted((ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"))[-1]
-    return make_table(read_rows(ROOT / "docs" / "comparison" / "compare.csv"), read_rows(costs))
+    return make_table(read_rows(COMPARISON), read_rows(costs))
+
+
+def make_plot(comparison):
+    """A figure of accuracy against batch size, with a line for each normalization."""
+    import matplotlib.pyplot as plt
+
+    means, deviations = {}, {}
+    for (name, size), values in sorted(accuracies(comparison).items()):
+        means.setdefault(name, {})[size] = 100 * statistics.fmean(values)
+        deviations.setdefault(name, []).append(100 * statistics.stdev(values) if len(values) > 1 else 0.0)
+    # The legend has the order of the lines at their right ends.
+    order = sorted(means, key=lambda name: -means[name][max(means[name])])
+    figure, ax = plt.subplots(figsize=(8, 0.26 * max(15, len(order))), dpi=120, layout="constrained")
+    for i, name in enumerate(order):
+        # Next to each other, so that error bars can be told apart.
+        x = [size * 2 ** (0.15 * ((i + 0.5) / len(order) - 0.5)) for size in means[name]]
+        ax.errorbar(
+            x,
+            list(means[name].values()),
+            deviations[name] if any(deviations[name]) else None,
+            label=name,
+            color=plt.get_cmap("tab10")(i % 10),
+            # Lines of the same colour differ in marker and style.
+            marker="osD^vP*"[i % 7],
+            linestyle=["-", (0, (4, 1.5)), (0, (1, 1))][i // 10 % 3],
+            linewidth=1.3,
+            markersize=5,
+            capsize=2,
+        )
+    fit_frame(ax, means)
+    batch_sizes = sorted({size for sizes in means.values() for size in sizes})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(batch_sizes, batch_sizes)
+    ax.set_xlabel("batch size")
+    ax.set_ylabel("test accuracy in %")
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=3)
+    return figure
+
+
+def fit_frame(ax, means):
+    """Leaves out of a plot what diverged, because at chance it would press all others together, and names it."""
+    values = {(name, size): mean for name, sizes in means.items() for size, mean in sizes.items()}
+    lowest = min(value for value in values.values() if value >= max(values.values()) / 2)
+    below = [f"{name} {value:.1f} at {size}" for (name, size), value in values.items() if value < lowest]
+    if below:
+        ax.set_ylim(bottom=lowest - 2)
+        ax.set_title("Below the frame: " + ",\n".join(below), fontsize="small")
 
 
 def main():
-    """Prints the table."""
+    """Prints the table and writes the plot."""
     print(measured_table(), end="")
+    make_plot(read_rows(COMPARISON)).savefig(COMPARISON.with_suffix(".png"))
 
 
 if __name__ == "__main__":

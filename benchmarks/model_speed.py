@@ -29,6 +29,7 @@ CLASSES = 100
 def build(name, normalization):
     """A classifier of keras.applications with a normalization, compiled."""
     import keras
+    import networks
 
     import keras_proxynorm
 
@@ -37,20 +38,13 @@ def build(name, normalization):
         weights=None, input_shape=shape, classes=CLASSES, classifier_activation=None
     )
     if normalization == "none":
-        model = keras_proxynorm.replace_normalization(model, identity, weights="fresh")
+        model = keras_proxynorm.replace_normalization(model, networks.identity, weights="fresh")
     elif normalization != "batch_norm":
         model = keras_proxynorm.replace_normalization(model, normalization, weights="fresh")
     model.compile(
         keras.optimizers.SGD(1e-3, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     return model
-
-
-def identity(name, dtype):
-    """No normalization at all."""
-    import keras
-
-    return keras.layers.Activation("linear", name=name, dtype=dtype)
 
 
 def training_step(name, normalization, batch_size):

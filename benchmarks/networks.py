@@ -1,12 +1,18 @@
-"""The networks that accuracy is measured with: plain, residual and of the EfficientNet kind, all for small images."""
+"""The networks of the accuracy benchmarks, plain, residual and EfficientNet-style, with any normalization."""
+
+import ast
 
 import keras
 from keras import layers
 
-__all__ = ["NETWORKS", "WIDTHS", "efficientnet", "plain", "resnet_v2"]
+from keras_proxynorm import replace_normalization
+
+__all__ = ["GROUPS", "NETWORKS", "build_model", "efficientnet", "identity", "parse_normalization", "plain", "resnet_v2"]
 
 WIDTHS = (16, 32, 64)
-# Moving averages that follow within the few hundred steps of a run with large batches.
+# The first stage has 16 channels, so its groups have two.
+GROUPS = {"groups": 8, "min_channels_per_group": 2}
+# Lower than Keras's, because with large batches a run has only a few hundred steps.
 MOMENTUM = 0.9
 
 
@@ -26,7 +32,7 @@ def with_head(inputs, x, classes):
 
 
 def plain(shape, classes, depth=15, use_bias=False):
-    """3x3 convolutions, each with batch norm and relu behind it, in three stages."""
+    """3x3 convolutions in three stages, each followed by batch norm and relu."""
     x = inputs = keras.Input(shape)
     for stage, width in enumerate(WIDTHS):
         for i in range(depth // len(WIDTHS)):
@@ -35,7 +41,7 @@ def plain(shape, classes, depth=15, use_bias=False):
 
 
 def resnet_v2(shape, classes, depth=20, use_bias=False):
-    """He et al., https://arxiv.org/abs/1603.05027: normalization and relu in front of each convolution."""
+    """He et al., https://arxiv.org/abs/1603.05027: normalization and relu before each convolution."""
     inputs = keras.Input(shape)
     x = convolution(inputs, WIDTHS[0], use_bias=use_bias)
     for stage, width in enumerate(WIDTHS):
@@ -71,10 +77,34 @@ def efficientnet(shape, classes, use_bias=False):
     return with_head(inputs, normalized(convolution(x, 2 * WIDTHS[-1], 1, use_bias=use_bias), "silu"), classes)
 
 
-# By name: functions of the shape of the images and the number of classes, and of `use_bias`, for all convolutions.
+# Functions of the image shape, the number of classes and `use_bias`, which is for all convolutions.
 NETWORKS = {
     "plain15": plain,
     "plain30": lambda shape, classes, use_bias=False: plain(shape, classes, 30, use_bias),
     "resnet20": resnet_v2,
     "efficientnet": efficientnet,
 }
+
+
+def identity(name, dtype):
+    """A layer for the place of a normalization that does nothing."""
+    return layers.Activation("linear", name=name, dtype=dtype)
+
+
+def parse_normalization(text):
+    """Splits NAME:ARGUMENT=VALUE,... into the name of a normalization and its arguments."""
+    name, _, arguments = text.partition(":")
+    call = ast.parse(f"f({arguments})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError(f"must be NAME or NAME:ARGUMENT=VALUE,..., not {text}")
+    return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def build_model(network, name, arguments, shape, classes):
+    """A network with a normalization; with the same seed, the kernels are the same with each normalization."""
+    model = NETWORKS[network](shape, classes, use_bias=name == "none")
+    if name == "batch_norm":
+        return model
+    if name == "none":
+        return replace_normalization(model, identity)
+    return replace_normalization(model, name, **{**GROUPS, **arguments})

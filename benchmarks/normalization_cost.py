@@ -1,20 +1,20 @@
-"""Times a training step of the network of examples/compare.py with each normalization, relative to batch norm.
+"""Times a training step of the network of `comparison.py` with each normalization, relative to batch norm.
 
-    python benchmarks/normalization_cost.py
+    python3 benchmarks/normalization_cost.py
 
 takes five minutes. Each step is what `fit` runs, in graph mode, on images of 28x28 pixels. The contenders take turns
 in one process; "none" is the network without any normalization, "+sam_on" the step of sharpness-aware minimization,
-which has two gradients. With small batches most of a step is the overhead of its many small operations.
+which computes gradients twice. With small batches most of a step is the overhead of its many small operations.
 """
 
 import argparse
-import importlib.util
 import math
 import os
-from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
+import comparison
+import grids
+import keras
+import tensorflow as tf
 from measurement import in_own_process
 from measurement import medians_in_turns
 from measurement import results_file
@@ -25,39 +25,20 @@ BATCH_SIZES = [8, 64]
 BASELINE = "batch_norm"
 IMAGE_SIZE = 28
 CLASSES = 10
-DEPTH = 9
-RHO = 0.5
 
 
-def load_compare():
-    """examples/compare.py as a module."""
-    path = Path(__file__).parents[1] / "examples" / "compare.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def available():
-    """All that examples/compare.py can train with, and one with sharpness-aware minimization."""
-    compare = load_compare()
-    return [*compare.NORMALIZATIONS, BASELINE + compare.SAM_ON]
-
-
-def training_step(compare, normalization, batch_size):
+def training_step(normalization, batch_size):
     """The training step on one batch as a function without arguments, and the number of trainable parameters."""
-    import keras
-
     keras.utils.set_random_seed(0)
-    network = compare.build_network((IMAGE_SIZE, IMAGE_SIZE, 1), CLASSES, DEPTH)
-    network = compare.with_normalization(network, normalization, batch_size, steps=0)
-    model = compare.for_training(network, normalization, RHO)
+    shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
+    network = comparison.build_network(normalization, batch_size, 0, shape, CLASSES)
+    model = comparison.for_training(network, normalization)
     model.compile(
         keras.optimizers.SGD(1e-3, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    images = keras.random.normal((batch_size, IMAGE_SIZE, IMAGE_SIZE, 1), seed=0)
+    images = keras.random.normal((batch_size, *shape), seed=0)
     labels = keras.random.randint((batch_size,), 0, CLASSES, seed=1)
     parameters = sum(math.prod(weight.shape) for weight in network.trainable_weights)
     return lambda: model.train_on_batch(images, labels), parameters
@@ -66,12 +47,9 @@ def training_step(compare, normalization, batch_size):
 def measure(threads, normalizations, batch_size, repeats):
     """A row for each normalization, the steps of which take turns."""
     set_threads(threads)
-    compare = load_compare()
-    import tensorflow as tf
-
     # It warns of functions that are traced often, which here are those of many models.
     tf.get_logger().setLevel("ERROR")
-    made = {name: training_step(compare, name, batch_size) for name in normalizations}
+    made = {name: training_step(name, batch_size) for name in normalizations}
     medians = medians_in_turns({name: step for name, (step, _) in made.items()}, repeats)
     return [
         {
@@ -88,12 +66,9 @@ def measure(threads, normalizations, batch_size, repeats):
 
 def main():
     """Measures, prints and writes."""
-    names = in_own_process(available)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--normalizations", nargs="+", choices=names, default=names, metavar="NAME", help="default: all"
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="default: 8 64")
+    grids.add_list(parser, "normalizations", comparison.NORMALIZATIONS, choices=comparison.NORMALIZATIONS)
+    grids.add_list(parser, "batch-sizes", BATCH_SIZES, int)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
     parser.add_argument("--repeats", type=int, default=51, help="turns that are measured; default: 51")
     arguments = parser.parse_args()

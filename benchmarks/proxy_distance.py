@@ -1,13 +1,12 @@
 """Measures how far proxies are from the data at the end of a training, next to the accuracy.
 
     python3 -m pip install -e ".[examples]"
-    python3 benchmarks/proxy_distance.py  # half an hour on two cores; stopped and called again, it goes on
+    python3 benchmarks/proxy_distance.py  # half an hour on two cores; stopped and called again, it resumes
 
-Networks are trained as by `accuracy.py`, with one learning rate for all. On the images that are held out, what
-`keras_proxynorm.diagnostics.collapse_report` measures of each layer is then read: how far the means of the channels of
-the normalized pre-activation are from those of the proxy, root mean square over the channels, in standard deviations of
-the proxy, and by what factor their standard deviations differ, the median over the channels. Of these the columns are
-the median over the layers and the largest.
+Networks are trained as by `accuracy.py`, with one learning rate for all. `keras_proxynorm.diagnostics.collapse_report`
+then measures each layer on the held-out images: how far the channel means of the normalized pre-activation are from
+those of the proxy, root mean square over the channels, in standard deviations of the proxy; and by what factor their
+standard deviations differ, the median over the channels. The columns are the median over the layers, and the largest.
 """
 
 import argparse
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import accuracy
-from rate_search import add_arguments
-from rate_search import check_positive
-from rate_search import work
+import classifiers
+import grids
+import numpy as np
 
-RESULTS = accuracy.RESULTS.with_name("proxy_distance.csv")
+from keras_proxynorm.diagnostics import collapse_report
+
+RESULTS = grids.RESULTS / "proxy_distance.csv"
 NORMALIZATIONS = ("group_norm_proxy", "layer_norm_proxy", "layer_norm_proxy:calibrate_proxies=8")
 BATCH_SIZES = (64, 8)
 RATE = 0.03
@@ -42,42 +43,32 @@ class Result(NamedTuple):
 
 
 def measure(folder, run):
-    """Trains, tests, and looks at the proxies."""
-    import numpy as np
-
-    from keras_proxynorm.diagnostics import collapse_report
-
+    """Trains, tests, and measures the proxies."""
     model, result = accuracy.trained_model(folder, run)
-    sizes = accuracy.Sizes(*(getattr(run.configuration, name) for name in accuracy.Sizes._fields))
-    _, images, _ = accuracy.load_data(run.configuration.dataset, sizes, folder)
-    report = collapse_report(model, images, batch_size=accuracy.TEST_BATCH_SIZE, verbose=0)
+    images = accuracy.load_data(run.configuration.dataset, run.configuration.sizes, folder).held_out.images
+    report = collapse_report(model, images, batch_size=classifiers.TEST_BATCH_SIZE, verbose=0)
     columns = (report.mean_distance, report.stddev_ratio)
     values = [float(summary(column)) for column in columns for summary in (np.nanmedian, np.nanmax)]
     return Result(*values, *result)
 
 
 def parse_arguments():
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=accuracy.NETWORKS, default="plain15", help="default: plain15")
-    names = " ".join(NORMALIZATIONS)
-    parser.add_argument("--normalizations", nargs="+", default=NORMALIZATIONS, metavar="NAME", help=f"default: {names}")
-    numbers = " ".join(map(str, BATCH_SIZES))
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=BATCH_SIZES, metavar="N", help=f"default: {numbers}"
-    )
+    grids.add_list(parser, "normalizations", NORMALIZATIONS)
+    grids.add_list(parser, "batch-sizes", BATCH_SIZES, int)
     parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="with the four IDX files")
-    add_arguments(parser, RESULTS)
+    grids.add_arguments(parser, RESULTS, rate=RATE)
     arguments = parser.parse_args()
-    arguments.rate = arguments.rate or RATE
-    check_positive(parser, arguments, "batch_sizes", "jobs", "minutes")
+    grids.check_positive(parser, arguments, "batch_sizes")
     accuracy.check_normalizations(parser, arguments)
-    arguments.fashion_mnist = accuracy.checked_fashion_mnist(parser, arguments.fashion_mnist)
+    arguments.fashion_mnist = classifiers.check_fashion_mnist(parser, arguments.fashion_mnist)
     return arguments
 
 
 def main():
-    """Runs what the file has not."""
+    """Does the runs that the file does not have."""
     arguments = parse_arguments()
     configurations = [
         accuracy.Configuration(
@@ -86,7 +77,7 @@ def main():
         for batch_size in arguments.batch_sizes
         for normalization in arguments.normalizations
     ]
-    work(configurations, functools.partial(measure, arguments.fashion_mnist), arguments, Result)
+    grids.work(configurations, functools.partial(measure, arguments.fashion_mnist), arguments, Result)
 
 
 if __name__ == "__main__":

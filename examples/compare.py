@@ -1,631 +1,251 @@
-"""Compares normalizations at several batch sizes: one network, one dataset, the same passes over the same images.
+"""Compares normalizations at several batch sizes: one network, the same images, the same number of passes.
 
     pip install "keras_proxynorm[examples,plots]"
     python compare.py
-    python compare.py --fashion-mnist --output FOLDER  # of Debian's package dataset-fashion-mnist
+    python compare.py --normalizations batch_norm ghost_batch_norm evonorm_s0 --batch-sizes 2 64 --seeds 0 1 2
     python compare.py --images FOLDER --image-size 64  # your own: one folder of images for each class
-    python compare.py --normalizations batch_norm batch_norm+sam_on group_norm_proxy --batch-sizes 2 64 --seeds 0 1 2
 
-A network of 3x3 convolutions, each with a normalization and relu behind it, is trained once for each normalization,
-batch size and seed: a cell. All cells of a seed start from the same kernels and see the images in the same order. A
-normalization is one of:
+A network of 3x3 convolutions, each followed by a normalization and relu, is trained once with each normalization, batch
+size and seed. From one seed, all normalizations start from the same kernels and see the images in the same order. A
+normalization is "batch_norm", or a target of `keras_proxynorm.replace_normalization`, such as "group_norm_proxy".
 
-- "batch_norm", that of Keras, and "none";
-- what `keras_proxynorm.replace_normalization` can put in its place, such as "group_norm" or "layer_norm_proxy";
-- each of these followed by "+sam_on": with sharpness-aware minimization of the scales and offsets only.
+Each training that is done becomes a row of compare.csv. Called again with the same --output, the script does what is
+missing. In the end it writes a table, compare.md, and a plot, compare.png.
 
-The learning rate is proportional to the batch size (Goyal et al., https://arxiv.org/abs/1706.02677), with a warm-up
-and a cosine decay.
-
-Each cell that is done becomes a line of compare.csv, at once. Run again with the same --output, the script goes on
-where it was, with other normalizations, batch sizes and seeds if you like, also in several processes at a time. The
-table, compare.md, and the plot, compare.png, show all cells of the file.
-
-The default images are the handwritten digits that come with scikit-learn, enlarged. Nothing is downloaded. The default
-takes a few minutes on two cores, and a cell with Fashion-MNIST one to two minutes at batch size 2, half of it at 64;
-cross-iteration and convolutional normalization take two to three times as long.
+The default images are the handwritten digits that come with scikit-learn; nothing is downloaded. It takes a few minutes
+on two cores.
 """
 
 import argparse
 import csv
-import gzip
 import importlib.util
-import io
-import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
-from typing import NamedTuple
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
+    sys.exit('This example needs scikit-learn and matplotlib: pip install "keras_proxynorm[examples,plots]"')
+
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
-import tensorflow as tf
 from keras import layers
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-import keras_proxynorm
 from keras_proxynorm import replace_normalization
-from keras_proxynorm.surgery.targets import TARGETS
 
-SAM_ON = "+sam_on"
-NORMALIZATIONS = ["batch_norm", "none", *TARGETS]
-DEFAULT_NORMALIZATIONS = ["batch_norm", "group_norm", "group_norm_proxy", "layer_norm", "layer_norm_proxy"]
+NORMALIZATIONS = ["batch_norm", "group_norm", "group_norm_proxy", "layer_norm", "layer_norm_proxy"]
+BATCH_SIZES = [2, 8, 64]
 WIDTHS = (16, 32, 64)
-MOMENTUM = 0.9
 # The batch size that --learning-rate is for.
 BASE_BATCH_SIZE = 64
-WARM_UP = 0.05
-# With 32 steps in one call, a step with a batch of 2 takes a tenth less; more do not help further.
-STEPS_PER_EXECUTION = 32
-TEST_BATCH_SIZE = 250
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-IDX_BYTES = 0x08
-CELL = ["normalization", "batch_size", "seed"]
-# What must be the same for cells to be comparable, or a cell to be the one that is asked for.
-CONDITIONS = [
-    *("dataset", "image_size", "train_images", "test_images", "epochs", "depth", "learning_rate", "rho", "arguments"),
-    *("backend", "versions"),
-]
-RESULTS = ["test_accuracy", "test_loss", "parameters", "seconds"]
+# What a run is about, and what it found: the columns of compare.csv.
+COLUMNS = ["normalization", "batch_size", "seed", "images", "image_size", "epochs", "depth", "learning_rate"]
+COLUMNS += ["test_accuracy", "seconds"]
 
 
-class Data(NamedTuple):
-    """Images of mean 0 and standard deviation 1, with labels from 0."""
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    classes: int
-
-
-class Cell(NamedTuple):
-    """What is trained and tested once."""
-
-    normalization: str
-    batch_size: int
-    seed: int
+def load_images(folder, size):
+    """Loads images of shape (samples, size, size, channels), and their labels."""
+    if folder is None:
+        digits = load_digits()
+        images, labels = digits.images[..., np.newaxis], digits.target
+        return keras.ops.convert_to_numpy(keras.ops.image.resize(images, (size, size))), labels
+    dataset = keras.utils.image_dataset_from_directory(
+        folder, image_size=(size, size), crop_to_aspect_ratio=True, batch_size=None, shuffle=False
+    )
+    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    return np.stack(images), np.array(labels)
 
 
-def arguments_for(name, batch_size, steps):
-    """Arguments of `replace_normalization` that the paper of a normalization ties to the batch size or the steps."""
-    if name == "cross_iteration_batch_norm":
-        # Statistics of 16 images, from at most 8 steps; batch normalization in the first quarter of the training.
-        window = min(math.ceil(16 / batch_size), 8)
-        return {"window": window, "burn_in": steps // 4} if window > 1 else {"window": window}
-    if name == "batch_group_norm":
-        # The smaller the batch, the fewer groups; never more than channels here.
-        sizes = {1: 1, 4: 2, 8: 16, 16: 64}
-        return {"groups": sizes[max(size for size in sizes if size <= batch_size)], "min_channels_per_group": 1}
-    if name == "ghost_batch_norm" and batch_size < 16:
-        # Batch and group normalization in one, for batches that are too small for statistics of a channel.
-        return {"examples_per_group": 2, "channel_groups": 8}
-    return {}
+def split(images, labels):
+    """Three quarters to train with and the rest to test with, standardized."""
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, labels, stratify=labels, test_size=0.25, random_state=0
+    )
+    mean, stddev = train_images.mean(), train_images.std()
+    standardized = (((images - mean) / stddev).astype("float32") for images in (train_images, test_images))
+    return list(zip(standardized, (train_labels, test_labels), strict=True))
 
 
-def identity(name, dtype):
-    return layers.Activation("linear", name=name, dtype=dtype)
-
-
-def build_network(shape, classes, depth):
-    """The network with batch normalization."""
+def build_network(normalization, shape, classes, depth):
+    """The network, in three stages, with a normalization."""
     x = inputs = keras.Input(shape)
     for stage, width in enumerate(WIDTHS):
         for i in range(depth // len(WIDTHS)):
-            # The initializer is for "none", which without it would fade out; a normalization undoes the difference.
-            x = layers.Conv2D(
-                width,
-                3,
-                strides=2 if stage and i == 0 else 1,
-                padding="same",
-                use_bias=False,
-                kernel_initializer="he_normal",
-            )(x)
-            x = layers.BatchNormalization(momentum=MOMENTUM)(x)
+            strides = 2 if stage and i == 0 else 1
+            x = layers.Conv2D(width, 3, strides, padding="same", use_bias=False)(x)
+            # Keras's momentum, 0.99, would be too slow for a few hundred steps.
+            x = layers.BatchNormalization(momentum=0.9)(x)
             x = layers.ReLU()(x)
-    return keras.Model(inputs, layers.Dense(classes, name="logits")(layers.GlobalAveragePooling2D()(x)))
+    outputs = layers.Dense(classes, name="logits")(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, outputs)
+    # Replaced and not built with another normalization, so that all have the same kernels.
+    return model if normalization == "batch_norm" else replace_normalization(model, normalization)
 
 
-def with_normalization(model, name, batch_size, steps):
-    """The network with another normalization; "+sam_on" is about training and makes no difference here."""
-    name = name.removesuffix(SAM_ON)
-    if name == "batch_norm":
-        return model
-    if name == "none":
-        return replace_normalization(model, identity)
-    # The weights are copied, not drawn again, so that all normalizations start from the same kernels.
-    return replace_normalization(model, name, **arguments_for(name, batch_size, steps))
-
-
-def for_training(model, name, rho):
-    """What is to be compiled and fitted, which has the weights of the model."""
-    if not name.endswith(SAM_ON):
-        return model
-    from keras_proxynorm.training import SharpnessAwareMinimization
-
-    return SharpnessAwareMinimization(model, rho=rho, adaptive="elementwise")
-
-
-def learning_rate_for(batch_size, learning_rate):
-    return learning_rate * batch_size / BASE_BATCH_SIZE
-
-
-def compile_model(model, rate, steps):
-    warm_up = math.ceil(WARM_UP * steps)
+def compile_model(model, learning_rate, steps):
+    """Sets up SGD with a warm-up and a cosine decay."""
+    warm_up = max(1, steps // 20)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warm_up), warmup_target=rate, warmup_steps=warm_up
+        0.0, max(1, steps - warm_up), warmup_target=learning_rate, warmup_steps=warm_up
     )
     model.compile(
         optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        steps_per_execution=min(STEPS_PER_EXECUTION, steps),
-        # XLA takes as long for a step on a CPU, and longer to compile. Other backends decide for themselves.
-        jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        steps_per_execution=min(32, steps),  # because a step on a batch of 2 is short
+        jit_compile=False,  # XLA takes longer to compile than this takes to train
     )
 
 
-def draw_order(images, batch_size, epochs, seed):
-    """Which images are in which step. A last batch that is not full is left out, so that all steps are alike."""
-    random = np.random.default_rng(seed)
-    steps = images // batch_size
-    passes = [random.permutation(images)[: steps * batch_size].reshape(steps, batch_size) for _ in range(epochs)]
-    return np.concatenate(passes)
-
-
-def make_batches(data, order):
-    with tf.device("cpu"):  # An accelerator gets the batches only.
-        images, labels = tf.constant(data.train_images), tf.constant(data.train_labels)
-        batches = tf.data.Dataset.from_tensor_slices(order)
-    return batches.map(lambda chosen: (tf.gather(images, chosen), tf.gather(labels, chosen))).prefetch(8)
-
-
-def run_cell(cell, data, epochs, depth, learning_rate, rho):
-    """Trains and tests; returns the results, by the names of their columns."""
+def train_and_test(run, train, test):
+    """Trains and tests under the conditions of `run`; returns the results."""
     start = time.perf_counter()
     keras.utils.clear_session()
-    keras.utils.set_random_seed(cell.seed)
-    network = build_network(data.train_images.shape[1:], data.classes, depth)
-    order = draw_order(len(data.train_images), cell.batch_size, epochs, cell.seed)
-    network = with_normalization(network, cell.normalization, cell.batch_size, len(order))
-    model = for_training(network, cell.normalization, rho)
-    compile_model(model, learning_rate_for(cell.batch_size, learning_rate), len(order))
-    # To Keras all passes are one epoch, because each epoch costs time of its own.
-    model.fit(make_batches(data, order), shuffle=False, verbose=1 if sys.stdout.isatty() else 0)
-    loss, accuracy = model.evaluate(data.test_images, data.test_labels, batch_size=TEST_BATCH_SIZE, verbose=0)
-    return {
-        "test_accuracy": f"{accuracy:.4f}",
-        "test_loss": f"{loss:.4f}",
-        "parameters": str(sum(math.prod(weight.shape) for weight in network.trainable_weights)),
-        "seconds": f"{time.perf_counter() - start:.1f}",
-    }
+    keras.utils.set_random_seed(run["seed"])
+    images, labels = train
+    model = build_network(run["normalization"], images.shape[1:], int(labels.max()) + 1, run["depth"])
+    # Only full batches, so that all steps are alike.
+    batch_size = run["batch_size"]
+    count = len(images) // batch_size * batch_size
+    # Smaller batches take more steps, so the rate is proportional to the batch size.
+    compile_model(model, run["learning_rate"] * batch_size / BASE_BATCH_SIZE, run["epochs"] * count // batch_size)
+    random = np.random.default_rng(run["seed"])
+    for _ in range(run["epochs"]):
+        order = random.permutation(len(images))[:count]
+        model.fit(images[order], labels[order], batch_size=batch_size, shuffle=False, verbose=0)
+    _, accuracy = model.evaluate(*test, batch_size=250, verbose=0)
+    return {"test_accuracy": round(accuracy, 4), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def split(images, labels, train_images, test_images):
-    """The same in each run: a quarter to test with, and not more than asked for of either part."""
-    from sklearn.model_selection import train_test_split
-
-    test = min(test_images, len(images) // 4)
-    train = min(train_images, len(images) - test)
-    classes, sizes = np.unique(labels, return_counts=True)
-    if len(classes) < 2 or sizes.min() < 2 or min(train, test) < len(classes):
-        sys.exit(
-            f"{train} images to train with and {test} to test with are too few for {len(classes)} classes, the "
-            f"smallest of which has {sizes.min()}. It takes 2 classes or more, each with 2 images or more, and as many "
-            "images of either kind as classes."
-        )
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, stratify=labels, train_size=train, test_size=test, random_state=0
-    )
-    return train_images, train_labels, test_images, test_labels
-
-
-def load_digit_images(train_images, test_images):
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return "digits", *split(digits.images[..., np.newaxis] / 16, digits.target, train_images, test_images)
-
-
-def load_folder(folder, size, train_images, test_images):
-    dataset = keras.utils.image_dataset_from_directory(
-        folder, image_size=(size, size), crop_to_aspect_ratio=True, batch_size=None, seed=0
-    )
-    # Not all of them, which could be more than fit into memory.
-    images, labels = zip(*dataset.take(train_images + test_images).as_numpy_iterator(), strict=True)
-    images = np.stack(images) / np.float32(255)
-    return str(folder.resolve()), *split(images, np.array(labels), train_images, test_images)
-
-
-def find_idx(folder, name):
-    """The file, compressed or not; None if there is none."""
-    return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
-
-
-def read_idx(file):
-    """The array in an IDX file of bytes: two zeros, the type, the number of dimensions, the dimensions, the values."""
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            content = stream.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        sys.exit(f"{file} is not a whole gzip file: {error}")
-    dimensions = content[3] if len(content) > 3 else 0
-    shape = np.frombuffer(content[4 : 4 + 4 * dimensions], ">i4")
-    values = np.frombuffer(content, np.uint8)[4 + 4 * dimensions :]
-    if content[:3] != bytes([0, 0, IDX_BYTES]) or len(shape) != dimensions or len(values) != math.prod(shape):
-        sys.exit(f"{file} is not a whole IDX file of bytes.")
-    return values.reshape(shape)
-
-
-IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-
-
-def load_fashion_mnist(folder, train_images, test_images):
-    parts = [read_idx(find_idx(folder, name)) for name in IDX_FILES]
-    for images, labels in (parts[:2], parts[2:]):
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            sys.exit(f"{folder} has images of shape {images.shape} with labels of shape {labels.shape}.")
-    limits = [train_images, train_images, test_images, test_images]
-    images, labels, other_images, other_labels = (part[:limit] for part, limit in zip(parts, limits, strict=True))
-    return "fashion_mnist", images[..., np.newaxis] / 255, labels, other_images[..., np.newaxis] / 255, other_labels
-
-
-def resized(images, size):
-    if images.shape[1:3] == (size, size):
-        return images
-    return np.asarray(tf.image.resize(images, (size, size)))
-
-
-def load_data(arguments):
-    limits = arguments.train_images, arguments.test_images
-    if arguments.fashion_mnist is not None:
-        name, *arrays = load_fashion_mnist(arguments.fashion_mnist, *limits)
-    elif arguments.images is not None:
-        name, *arrays = load_folder(arguments.images, arguments.image_size, *limits)
-    else:
-        name, *arrays = load_digit_images(*limits)
-    train_images, train_labels, test_images, test_labels = arrays
-    train_images, test_images = (resized(images, arguments.image_size) for images in (train_images, test_images))
-    mean, stddev = train_images.mean(), train_images.std()
-    return Data(
-        name,
-        ((train_images - mean) / stddev).astype("float32"),
-        train_labels.astype("int32"),
-        ((test_images - mean) / stddev).astype("float32"),
-        test_labels.astype("int32"),
-        int(max(train_labels.max(), test_labels.max())) + 1,
-    )
-
-
-def describe_versions():
-    packages = dict.fromkeys(["tensorflow", keras.backend.backend(), "keras"])
-    versions = [f"{name} {importlib.import_module(name).__version__}" for name in packages]
-    return ", ".join([*versions, f"keras_proxynorm {keras_proxynorm.__version__}"])
-
-
-def conditions_of(cell, data, arguments):
-    """Under which conditions this run trains a cell, as in the file."""
-    name, batch_size = cell.normalization, cell.batch_size
-    steps = arguments.epochs * (len(data.train_images) // batch_size)
-    own_arguments = arguments_for(name.removesuffix(SAM_ON), batch_size, steps)
-    return {
-        "dataset": data.name,
-        "image_size": str(data.train_images.shape[1]),
-        "train_images": str(len(data.train_images)),
-        "test_images": str(len(data.test_images)),
-        "epochs": str(arguments.epochs),
-        "depth": str(arguments.depth),
-        "learning_rate": f"{learning_rate_for(batch_size, arguments.learning_rate):g}",
-        "rho": f"{arguments.rho:g}" if name.endswith(SAM_ON) else "",
-        "arguments": ", ".join(f"{key}={value}" for key, value in own_arguments.items()),
-        "backend": keras.backend.backend(),
-        "versions": describe_versions(),
-    }
-
-
-def read_cells(file, data, arguments):
-    """The rows of the file, by cell, all of which must have the conditions of this run."""
+def read_rows(file):
+    """The rows of earlier runs, as text."""
     if not file.exists():
-        return {}
+        return []
     with file.open(newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, None)
-        lines = list(reader)
-    if header != [*CELL, *CONDITIONS, *RESULTS]:
-        sys.exit(f"{file} has other columns than this script writes. Give another --output.")
-    rows = {}
-    for number, line in enumerate(lines, 2):
-        if len(line) != len(header):
-            sys.exit(f"Line {number} of {file} is not whole. Delete it to go on; its cell is then run again.")
-        row = dict(zip(header, line, strict=True))
-        cell = Cell(row["normalization"], int(row["batch_size"]), int(row["seed"]))
-        for name, here in conditions_of(cell, data, arguments).items():
-            if row[name] != here:
-                sys.exit(
-                    f"{file} has cells with other conditions: in line {number} {name} is {row[name]!r}, here it is "
-                    f"{here!r}. Give another --output."
-                )
-        rows[cell] = row
-    return rows
+        reader = csv.DictReader(stream)
+        if reader.fieldnames != COLUMNS:
+            sys.exit(f"{file} has other columns than this script writes. Give another --output.")
+        return list(reader)
 
 
-def append_line(file, values):
-    """Appends by a single write, so that lines of several processes cannot get into each other."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(descriptor, line.getvalue().encode())
-    finally:
-        os.close(descriptor)
+def append_row(file, row):
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        if stream.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
-def start_file(file):
-    """Makes the file together with its header, unless there is one, maybe of another process at the same time."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    append_line(temporary, [*CELL, *CONDITIONS, *RESULTS])
-    try:
-        os.link(temporary, file)
-    except OSError:  # There is one, or the file system has no links.
-        if not file.exists():
-            temporary.replace(file)
-    temporary.unlink(missing_ok=True)
-
-
-def remaining_seconds(cells, rows):
-    """How long cells will take: as long as those with the same batch size, if there are any."""
-    seconds = {}
-    for cell, row in rows.items():
-        seconds.setdefault(cell.batch_size, []).append(float(row["seconds"]))
-    everything = [value for values in seconds.values() for value in values]
-    return sum(statistics.fmean(seconds.get(cell.batch_size, everything)) for cell in cells)
-
-
-def run_cells(cells, data, arguments):
-    """Trains the cells that the file has not; returns all rows of the file."""
-    start_file(arguments.csv)
-    for i, cell in enumerate(cells):
-        label = f"[{i + 1}/{len(cells)}] {cell.normalization}, batch size {cell.batch_size}, seed {cell.seed}"
-        # Read again each time, because another process may have been faster.
-        rows = read_cells(arguments.csv, data, arguments)
-        if cell in rows:
-            print(f"{label}: {float(rows[cell]['test_accuracy']):.3f}, from before", flush=True)
-            continue
-        if sys.stdout.isatty():
-            print(label, flush=True)
-        results = run_cell(cell, data, arguments.epochs, arguments.depth, arguments.learning_rate, arguments.rho)
-        row = {**dict(zip(CELL, map(str, cell), strict=True)), **conditions_of(cell, data, arguments), **results}
-        append_line(arguments.csv, [row[name] for name in (*CELL, *CONDITIONS, *RESULTS)])
-        rows[cell] = row
-        left = remaining_seconds([other for other in cells[i + 1 :] if other not in rows], rows)
+def do_missing(file, runs, train, test):
+    """Does the runs that the file does not have; returns the rows of all of them."""
+    found = []
+    for i, run in enumerate(runs):
+        conditions = {name: str(value) for name, value in run.items()}
+        row = next((row for row in read_rows(file) if conditions.items() <= row.items()), None)
+        if row is None:
+            row = {**conditions, **train_and_test(run, train, test)}
+            append_row(file, row)
+        found.append(row)
         print(
-            f"{label}: test accuracy {float(results['test_accuracy']):.3f} ({float(results['seconds']):.0f} s; about "
-            f"{math.ceil(left / 60)} min to go)",
+            f"[{i + 1}/{len(runs)}] {row['normalization']}, batch size {row['batch_size']}, seed {row['seed']}: "
+            f"test accuracy {float(row['test_accuracy']):.3f}, {float(row['seconds']):.0f} s",
             flush=True,
         )
-    return read_cells(arguments.csv, data, arguments)
+    return found
 
 
 def summarize(rows):
-    """Mean and standard deviation of the accuracies over seeds, by normalization and batch size."""
-    accuracies = {}
-    for cell, row in rows.items():
-        sizes = accuracies.setdefault(cell.normalization, {})
-        sizes.setdefault(cell.batch_size, []).append(float(row["test_accuracy"]))
-    return {
-        name: {
-            size: (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-            for size, values in sorted(sizes.items())
-        }
-        for name, sizes in accuracies.items()
-    }
+    """Mean and standard deviation of the accuracies in percent over the seeds, by normalization and batch size."""
+    accuracies, summary = {}, {}
+    for row in rows:
+        key = row["normalization"], int(row["batch_size"])
+        accuracies.setdefault(key, []).append(100 * float(row["test_accuracy"]))
+    for (name, size), values in accuracies.items():
+        stddev = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary.setdefault(name, {})[size] = statistics.fmean(values), stddev
+    return summary
 
 
-def make_table(rows):
-    """The accuracies in percent as a table in Markdown."""
-    summary = summarize(rows)
-    parameters = {cell.normalization: row["parameters"] for cell, row in rows.items()}
-    batch_sizes = sorted({cell.batch_size for cell in rows})
-    seeds = len({cell.seed for cell in rows})
-    table = [["normalization", *(f"batch size {size}" for size in batch_sizes), "parameters"]]
+def make_table(summary):
+    """The accuracies in Markdown."""
+    batch_sizes = list(next(iter(summary.values())))
+    table = [["test accuracy in %", *(f"batch size {size}" for size in batch_sizes)], ["---"] * (len(batch_sizes) + 1)]
     for name, sizes in summary.items():
-        texts = {size: f"{100 * mean:.1f}" for size, (mean, _) in sizes.items()}
-        if seeds > 1:
-            texts = {size: f"{texts[size]} ± {100 * stddev:.1f}" for size, (_, stddev) in sizes.items()}
-        table.append([name, *(texts.get(size, "") for size in batch_sizes), parameters[name]])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    row = next(iter(rows.values()))
-    deviation = f", mean and standard deviation over up to {seeds} seeds" if seeds > 1 else ""
-    caption = (
-        f"Test accuracy in percent{deviation}. {row['dataset']}, {row['train_images']} images, {row['epochs']} passes, "
-        f"{row['depth']} convolutions; {row['versions']}, backend {row['backend']}."
-    )
-    return "\n".join([*lines, "", caption, ""])
+        # A single seed has no deviation.
+        table.append([name, *(f"{mean:.1f}" + f" ± {stddev:.1f}" * (stddev > 0) for mean, stddev in sizes.values())])
+    return "".join("| " + " | ".join(line) + " |\n" for line in table)
 
 
-def plot(file, rows):
-    import matplotlib.pyplot as plt
-
-    summary = summarize(rows)
-    batch_sizes = sorted({cell.batch_size for cell in rows})
-    figure, ax = plt.subplots(figsize=(8, 0.26 * max(15, len(summary))), dpi=120, layout="constrained")
-    # In the legend as the lines are at their right ends.
-    order = sorted(summary, key=lambda name: -max(summary[name].items())[1][0])
-    for i, name in enumerate(order):
-        sizes = summary[name]
-        means, stddevs = (100 * np.array(values) for values in zip(*sizes.values(), strict=True))
-        # Next to each other, so that error bars can be told apart.
-        x = np.array(list(sizes)) * 2 ** (0.15 * ((i + 0.5) / len(order) - 0.5))
-        (line,) = ax.plot(
-            x,
-            means,
-            label=name,
-            color=plt.get_cmap("tab10")(i % 10),
-            # What has the same colour has another marker and another line.
-            marker="osD^vP*"[i % 7],
-            linestyle=["-", (0, (4, 1.5)), (0, (1, 1))][i // 10 % 3],
-            linewidth=1.3,
-            markersize=5,
-        )
-        if stddevs.any():
-            ax.errorbar(x, means, stddevs, fmt="none", color=line.get_color(), capsize=2, linewidth=1)
-    # What diverged is at chance, and would press all others together.
-    values = {(name, size): 100 * mean for name in order for size, (mean, _) in summary[name].items()}
-    shown = [value for value in values.values() if value >= max(values.values()) / 2]
-    below = [f"{name} {value:.1f} at {size}" for (name, size), value in values.items() if value < min(shown)]
-    if below:
-        ax.set_ylim(bottom=min(shown) - 2)
-        ax.set_title("Below the frame: " + ",\n".join(below), fontsize="small")
+def plot(file, summary):
+    figure, ax = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    for name, sizes in summary.items():
+        means, stddevs = zip(*sizes.values(), strict=True)
+        ax.errorbar(list(sizes), means, stddevs, label=name, marker="o", capsize=2)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(batch_sizes, batch_sizes)
+    ax.set_xticks(list(sizes), list(sizes))
     ax.set_xlabel("batch size")
     ax.set_ylabel("test accuracy in %")
-    ax.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=3)
+    figure.legend(loc="outside right upper")
     figure.savefig(file)
-    plt.close(figure)
-
-
-def write_summary(arguments, rows):
-    """The table, and the plot, in the place of those of an earlier run."""
-    table = make_table(rows)
-    arguments.markdown.write_text(table, encoding="utf-8")
-    if not arguments.no_plot:
-        plot(arguments.png, rows)
-    print(f"\n{table}")
-    written = [arguments.csv, arguments.markdown] + ([] if arguments.no_plot else [arguments.png])
-    print(f"Files: {', '.join(map(str, written))}")
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--normalizations",
-        nargs="+",
-        default=DEFAULT_NORMALIZATIONS,
-        metavar="NAME",
-        help=f"of {', '.join(NORMALIZATIONS)}, each alone or with {SAM_ON}; default: "
-        f"{' '.join(DEFAULT_NORMALIZATIONS)}",
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8, 64], metavar="N", help="default: 2 8 64")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="of weights and order; default: 0"
-    )
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the images; default: 5")
-    parser.add_argument("--depth", type=int, default=9, help="convolutions, in three stages; default: 9")
-    parser.add_argument(
-        "--learning-rate",
-        type=float,
-        default=0.1,
-        help=f"for batch size {BASE_BATCH_SIZE}, for others in proportion; default: 0.1",
-    )
-    parser.add_argument("--rho", type=float, default=0.5, help=f"of {SAM_ON}; default: 0.5")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--fashion-mnist",
-        type=Path,
-        nargs="?",
-        const=FASHION_MNIST,
-        metavar="FOLDER",
-        help=f"with its four IDX files; default: {FASHION_MNIST}",
-    )
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="default: the digits of scikit-learn")
-    parser.add_argument(
-        "--image-size", type=int, help="in pixels; default: 28 for Fashion-MNIST, 32 for --images, 16 for the digits"
-    )
-    parser.add_argument("--train-images", type=int, default=6000, help="at most; default: 6000")
-    parser.add_argument("--test-images", type=int, default=2000, help="at most; default: 2000")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new, or of this script; default: a temporary one")
-    parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
-    parser.add_argument("--threads", type=int, help="of TensorFlow; for small batches 1 is as fast; default: all")
-    return parser
-
-
-def check_data(parser, arguments):
-    if arguments.fashion_mnist is None and not importlib.util.find_spec("sklearn"):
-        parser.error('without --fashion-mnist it takes scikit-learn: pip install "keras_proxynorm[examples]"')
-    if arguments.images is not None and not arguments.images.is_dir():
-        parser.error(f"--images must be a folder with one folder of images for each class, not {arguments.images}")
-    if arguments.fashion_mnist is not None:
-        missing = [name for name in IDX_FILES if find_idx(arguments.fashion_mnist, name) is None]
-        if missing:
-            parser.error(
-                "--fashion-mnist must be a folder with the four IDX files, such as that of Debian's package "
-                f"dataset-fashion-mnist; {arguments.fashion_mnist} has no {', no '.join(missing)}, with .gz or without"
-            )
-    if arguments.image_size is None:
-        arguments.image_size = 28 if arguments.fashion_mnist is not None else 32 if arguments.images is not None else 16
-
-
-def check_output(parser, arguments):
-    if arguments.output is None:
-        arguments.output = Path(tempfile.mkdtemp(prefix="keras_proxynorm-"))
-    folder = arguments.output
-    arguments.csv, arguments.markdown, arguments.png = (folder / f"compare.{kind}" for kind in ("csv", "md", "png"))
-    if folder.exists() and not arguments.csv.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        parser.error(f"--output must be a new or an empty directory, or one with compare.csv in it; {folder} is not")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def parse_arguments():
-    parser = make_parser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "default: %(default)s"
+    parser.add_argument("--normalizations", nargs="+", default=NORMALIZATIONS, metavar="NAME", help=default)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help=default)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help=default)
+    parser.add_argument("--epochs", type=int, default=5, help="default: 5")
+    parser.add_argument("--depth", type=int, default=9, help="convolutions, in three stages; default: 9")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="for batch size 64; default: 0.1")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="default: the digits of scikit-learn")
+    parser.add_argument("--image-size", type=int, default=16, help="in pixels; default: 16")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: a new temporary directory")
     arguments = parser.parse_args()
-    for name in arguments.normalizations:
-        if name.removesuffix(SAM_ON) not in NORMALIZATIONS:
-            parser.error(f"--normalizations must be of {', '.join(NORMALIZATIONS)}, with {SAM_ON} or not; not {name}")
-        if name == "none" + SAM_ON:
-            parser.error(f"--normalizations must have scales or offsets for {SAM_ON}; none has not")
-    for name in ("batch_sizes", "epochs", "train_images", "test_images", "image_size", "threads"):
-        values = getattr(arguments, name)
-        if values is not None and min(np.atleast_1d(values)) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {values}")
-    if min(arguments.seeds) < 0:
-        parser.error(f"--seeds must be at least 0, not {arguments.seeds}")
-    for name in ("learning_rate", "rho"):
-        if not 0 < getattr(arguments, name) < math.inf:
+    for name in ("batch_sizes", "epochs", "learning_rate", "image_size"):
+        if not np.min(getattr(arguments, name)) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(arguments, name)}")
     if arguments.depth < 3 or arguments.depth % len(WIDTHS):
         parser.error(f"--depth must be a multiple of {len(WIDTHS)}, not {arguments.depth}")
-    if not arguments.no_plot and not importlib.util.find_spec("matplotlib"):
-        parser.error('the plot takes matplotlib: pip install "keras_proxynorm[plots]", or give --no-plot')
-    check_data(parser, arguments)
-    check_output(parser, arguments)
+    if arguments.images is not None and not arguments.images.is_dir():
+        parser.error(f"--images must be a folder with one folder of images for each class, not {arguments.images}")
+    for name in arguments.normalizations:
+        try:
+            build_network(name, (16, 16, 1), 2, 3)
+        except ValueError as error:
+            parser.error(f"--normalizations must be batch_norm or targets of replace_normalization: {error}")
     return arguments
 
 
 def main():
     arguments = parse_arguments()
-    # It warns of graphs that are built again and again, which here is meant: each cell has its own.
-    tf.get_logger().setLevel("ERROR")
-    if arguments.threads is not None:
-        tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
-    keras.utils.set_random_seed(0)  # of the choice of images
-    data = load_data(arguments)
-    if max(arguments.batch_sizes) > len(data.train_images):
-        sys.exit(f"--batch-sizes must be at most {len(data.train_images)}, the number of images to train with.")
-    cells = [
-        Cell(normalization, batch_size, seed)
+    output = arguments.output or Path(tempfile.mkdtemp(prefix="keras_proxynorm-"))
+    output.mkdir(parents=True, exist_ok=True)
+    train, test = split(*load_images(arguments.images, arguments.image_size))
+    if max(arguments.batch_sizes) > len(train[1]):
+        sys.exit(f"--batch-sizes must be at most {len(train[1])}, the number of training images.")
+    print(f"{len(train[1])} training and {len(test[1])} test images. To resume: --output {output}", flush=True)
+    same = {name: getattr(arguments, name) for name in ("image_size", "epochs", "depth", "learning_rate")}
+    same["images"] = arguments.images or "digits"
+    runs = [
+        {"normalization": normalization, "batch_size": batch_size, "seed": seed, **same}
         for seed in dict.fromkeys(arguments.seeds)
-        for batch_size in sorted(set(arguments.batch_sizes), reverse=True)
+        for batch_size in sorted(set(arguments.batch_sizes))
         for normalization in dict.fromkeys(arguments.normalizations)
     ]
-    print(
-        f"{data.name}: {len(data.train_images)} images to train with and {len(data.test_images)} to test with, "
-        f"{data.classes} classes; {arguments.depth} convolutions; {len(cells)} cells. To go on later: "
-        f"--output {arguments.output}",
-        flush=True,
-    )
-    write_summary(arguments, run_cells(cells, data, arguments))
+    summary = summarize(do_missing(output / "compare.csv", runs, train, test))
+    table = make_table(summary)
+    (output / "compare.md").write_text(table, encoding="utf-8")
+    plot(output / "compare.png", summary)
+    print(f"\n{table}\nFiles in {output}")
 
 
 if __name__ == "__main__":

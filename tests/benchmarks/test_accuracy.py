@@ -1,6 +1,5 @@
 """The benchmark of accuracy: its networks, its data, its runs; and that docs/accuracy.md says what was measured."""
 
-import gzip
 import re
 import subprocess
 import sys
@@ -19,7 +18,6 @@ def modules():
     """The scripts import each other by their names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        patch.syspath_prepend(ROOT / "examples")
         yield
 
 
@@ -33,23 +31,8 @@ def report(modules):
     return load_script("benchmarks/accuracy_report.py")
 
 
-@pytest.fixture
-def fashion_mnist(tmp_path):
-    """Files of the names and the format of Fashion-MNIST, with images that tell the class by where they are bright."""
-    random = np.random.default_rng(0)
-    for name, count in (("train", 400), ("t10k", 100)):
-        labels = np.arange(count) % 10
-        images = random.integers(0, 100, (count, 28, 28))
-        images[np.arange(count), 2 * labels] += 150
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            with gzip.open(tmp_path / f"{name}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + array.astype("uint8").tobytes())
-    return tmp_path
-
-
 def run_of(script, **changes):
-    from rate_search import Run
+    from grids import Run
 
     configuration = script.Configuration("digits", "plain15", "group_norm_proxy", 32, 160, 100, 100, 2)
     return Run(configuration._replace(**changes), 0.1, 0)
@@ -87,38 +70,14 @@ def test_same_kernels_with_each_normalization(script):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_arguments_behind_a_colon(script):
-    assert script.parse_normalization("none") == ("none", {})
-    text = "layer_norm_proxy:proxy_epsilon=0.1,proxy_regularizer='l2',learn_proxy=False"
-    assert script.parse_normalization(text) == (
-        "layer_norm_proxy",
-        {"proxy_epsilon": 0.1, "proxy_regularizer": "l2", "learn_proxy": False},
-    )
+def test_arguments_after_a_colon(script):
+    assert script.parse_normalization("none") == ("none", {}, None)
+    text = "layer_norm_proxy:proxy_epsilon=0.1,proxy_regularizer='l2',calibrate_proxies=8,learn_proxy=False"
+    arguments = {"proxy_epsilon": 0.1, "proxy_regularizer": "l2", "learn_proxy": False}
+    assert script.parse_normalization(text) == ("layer_norm_proxy", arguments, 8)
     model = script.build_model("plain15", text, (8, 8, 1), 2)
     layer = next(layer for layer in model.layers if isinstance(layer, kp.LayerNormProxy))
     assert layer.proxy_epsilon == 0.1 and not layer.proxy.trainable and layer.proxy_regularizer is not None
-
-
-def test_data_are_split_and_standardized(script):
-    data, images, labels = script.load_data("digits", script.DATASETS["digits"], None)
-    assert data.train_images.shape == (1200, 16, 16, 1) and images.shape == (200, 16, 16, 1)
-    assert data.test_images.shape == (397, 16, 16, 1) and data.classes == 10
-    assert abs(data.train_images.mean()) < 1e-4 and abs(data.train_images.std() - 1) < 1e-4
-    rows = np.concatenate([part.reshape(len(part), -1) for part in (data.train_images, images, data.test_images)])
-    assert len(np.unique(rows, axis=0)) == len(rows)  # no image is in two parts
-    assert len(labels) == 200 and set(labels) == set(range(10))
-
-
-def test_fashion_mnist(script, fashion_mnist, monkeypatch):
-    monkeypatch.setattr("compare.FASHION_MNIST", fashion_mnist / "missing")
-    monkeypatch.setenv("KERAS_HOME", str(fashion_mnist / "home"))
-    assert script.find_fashion_mnist() is None
-    (fashion_mnist / "home" / "datasets").mkdir(parents=True)
-    (fashion_mnist / "home" / "datasets" / "fashion-mnist").symlink_to(fashion_mnist)
-    assert script.find_fashion_mnist() == fashion_mnist / "home" / "datasets" / "fashion-mnist"
-    assert script.find_fashion_mnist(fashion_mnist) == fashion_mnist
-    data, images, _ = script.load_data("fashion_mnist", script.Sizes(200, 100, 50, 1), fashion_mnist)
-    assert data.train_images.shape == (200, 28, 28, 1) and len(images) == 100 and len(data.test_images) == 50
 
 
 @pytest.mark.slow
@@ -196,10 +155,10 @@ def test_bad_arguments(script, arguments, message, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["batch_norm frozen", "group_norm_proxy:calibrate=True"])
 def test_finetuning(normalization, fashion_mnist, tmp_path, monkeypatch):
-    from rate_search import Run
+    from grids import Run
 
     script = load_script("benchmarks/finetuning.py")
-    monkeypatch.setattr(script, "PRETRAINING", script.accuracy.Sizes(100, 50, 50, 1))
+    monkeypatch.setattr(script, "PRETRAINING", script.classifiers.Sizes(100, 50, 50, 1))
     configuration = script.Configuration("resnet20", normalization, 2, 20, 20, 1)
     first, again = (script.measure(tmp_path, fashion_mnist, Run(configuration, 0.1, 0)) for _ in range(2))
     assert first[:5] == again[:5]
@@ -224,7 +183,7 @@ def test_proxy_distance(script, fashion_mnist):
 @pytest.mark.slow
 def test_replaced_accuracy(fashion_mnist, tmp_path, monkeypatch):
     script = load_script("benchmarks/replaced_accuracy.py")
-    monkeypatch.setattr(script.finetuning, "PRETRAINING", script.accuracy.Sizes(100, 50, 50, 1))
+    monkeypatch.setattr(script.finetuning, "PRETRAINING", script.classifiers.Sizes(100, 50, 50, 1))
     monkeypatch.setattr(script, "CALIBRATION_IMAGES", 16)
     found = script.measure("resnet20", 0, tmp_path, fashion_mnist)
     assert len(found) == 1 + 2 * 3 + 2 * 2 and all(0 <= value <= 1 for value in found.values())

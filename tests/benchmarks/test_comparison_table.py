@@ -1,4 +1,4 @@
-"""The table of docs/baselines.md is what benchmarks/comparison_table.py makes of the committed results."""
+"""The table of docs/baselines.md is what benchmarks/comparison_table.py makes of the committed results; its plot."""
 
 import pytest
 from scripts import ROOT
@@ -8,7 +8,8 @@ from keras_proxynorm.surgery.targets import TARGETS
 
 
 @pytest.fixture
-def script():
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return load_script("benchmarks/comparison_table.py")
 
 
@@ -41,3 +42,31 @@ def test_table(script):
     assert found["layer_norm"] == ["- / -", "-", "-", "-"]
     (none,) = (line for line in script.make_table(comparison, costs).splitlines() if "| `none` |" in line)
     assert [cell.strip(" |") for cell in none.split(" | ")[3:]] == ["- / 0.51", "-", "60.0 ± 14.1", "-"]
+
+
+def row(name, size, accuracy):
+    return {"normalization": name, "batch_size": str(size), "test_accuracy": str(accuracy)}
+
+
+def test_lines_of_the_plot_can_be_told_apart(script):
+    pytest.importorskip("matplotlib")
+    figure = script.make_plot([row(f"norm_{i}", size, 0.5) for i in range(25) for size in (2, 8, 64)])
+    figure.canvas.draw()
+    ax, (legend,) = figure.axes[0], figure.legends
+    lines = [container.lines[0] for container in ax.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 25
+    box, frame = legend.get_window_extent(), ax.get_window_extent()
+    assert frame.x1 < box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("accuracies, bottom", [((0.9, 0.8, 0.1), 78), ((0.9, 0.1, 0.1), 88), ((0, 0, 0), None)])
+def test_what_diverged_is_below_the_frame(script, accuracies, bottom):
+    pytest.importorskip("matplotlib")
+    figure = script.make_plot([row("norm", size, value) for size, value in zip((2, 8, 64), accuracies, strict=True)])
+    ax = figure.axes[0]
+    title = ax.get_title()
+    if bottom is None:
+        assert title == "" and ax.get_ylim()[0] < 0
+    else:
+        assert ax.get_ylim()[0] == pytest.approx(bottom)
+        assert title.startswith("Below the frame: ") and title.count("norm 10.0 at") == accuracies.count(0.1)

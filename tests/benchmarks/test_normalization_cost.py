@@ -18,10 +18,6 @@ def benchmark(monkeypatch):
     return load_script("benchmarks/normalization_cost.py")
 
 
-def test_all_that_the_example_knows_is_available(benchmark):
-    assert benchmark.available() == [*benchmark.load_compare().NORMALIZATIONS, "batch_norm+sam_on"]
-
-
 @pytest.mark.parametrize(("name", "parameters"), [("none", 0), ("batch_norm", 672), ("batch_norm+sam_on", 672)])
 def test_step_trains(benchmark, monkeypatch, name, parameters):
     trained = []
@@ -32,7 +28,7 @@ def test_step_trains(benchmark, monkeypatch, name, parameters):
         return train_on_batch(model, images, labels)
 
     monkeypatch.setattr(keras.Model, "train_on_batch", recorded)
-    step, count = benchmark.training_step(benchmark.load_compare(), name, 2)
+    step, count = benchmark.training_step(name, 2)
     assert count == 120602 + parameters
     step()
     ((model, images, labels),) = trained
@@ -41,21 +37,20 @@ def test_step_trains(benchmark, monkeypatch, name, parameters):
 
 
 def test_rows(benchmark, monkeypatch, tmp_path, capsys):
-    names = ["batch_norm", "none", "group_norm"]
     file = tmp_path / "results" / "cost.csv"
-
-    def in_own_process(function, *arguments):
-        return names if function is benchmark.available else function(*arguments)
 
     def medians_in_turns(contenders, repeats):
         return {name: 1e-3 * (i + 1) for i, name in enumerate(contenders)}
 
-    monkeypatch.setattr(benchmark, "in_own_process", in_own_process)
+    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(benchmark, "medians_in_turns", medians_in_turns)
     monkeypatch.setattr(benchmark, "set_threads", lambda threads: None)
-    monkeypatch.setattr(benchmark, "training_step", lambda compare, name, batch_size: (None, 7))
+    monkeypatch.setattr(benchmark, "training_step", lambda name, batch_size: (None, 7))
     monkeypatch.setattr(benchmark, "results_file", lambda *conditions: file)
-    for options in (["--batch-sizes", "8"], ["--batch-sizes", "2", "8", "--normalizations", "group_norm"]):
+    for options in (
+        ["--batch-sizes", "8", "--normalizations", "batch_norm", "none", "group_norm"],
+        ["--batch-sizes", "2", "8", "--normalizations", "group_norm"],
+    ):
         monkeypatch.setattr(sys, "argv", ["normalization_cost.py", "--threads", "1", *options])
         benchmark.main()
     with file.open(newline="") as stream:
@@ -72,7 +67,6 @@ def test_rows(benchmark, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--batch-sizes", "--threads", "--repeats"])
 def test_bad_options(benchmark, monkeypatch, capsys, option):
-    monkeypatch.setattr(benchmark, "in_own_process", lambda function: ["batch_norm"])
     monkeypatch.setattr(sys, "argv", ["normalization_cost.py", option, "0"])
     with pytest.raises(SystemExit):
         benchmark.main()

@@ -1,5 +1,7 @@
-"""The search for a learning rate: what is run next, what is chosen, and the file that it goes on from."""
+"""Grids of trainings: the search for a learning rate, the file, and resuming from it."""
 
+import argparse
+import concurrent.futures
 import math
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ SEEDS = (3, 1, 2)
 def script():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        yield load_script("benchmarks/rate_search.py")
+        yield load_script("benchmarks/grids.py")
 
 
 def result(script, accuracy, loss=1.0, test_accuracy=0.5):
@@ -75,7 +77,7 @@ def test_one_rate(script):
     run = script.Run(CONFIGURATION, 0.01, SEEDS[0])
     others = [run._replace(seed=seed) for seed in SEEDS[1:]]
     assert script.next_runs(CONFIGURATION, SEEDS, {run: result(script, 0.5)}, 0.01) == others
-    assert script.remaining_seconds([CONFIGURATION], SEEDS, {run: result(script, 0.5)}, 0.01) == 20
+    assert script.count_missing(CONFIGURATION, SEEDS, {run: result(script, 0.5)}, 0.01) == 2
 
 
 def test_file(script, tmp_path):
@@ -91,6 +93,16 @@ def test_file(script, tmp_path):
     assert list(read) == list(results) and repr(list(read.values())) == repr(list(results.values()))
 
 
+def test_file_keeps_the_order_of_its_columns(script, tmp_path):
+    path = tmp_path / "results.csv"
+    header = sorted(script.columns(Configuration))
+    path.write_text(",".join(header) + "\n")
+    run = script.Run(CONFIGURATION, 0.1, 0)
+    script.append_result(path, run, result(script, 0.5))
+    assert path.read_text().splitlines()[0] == ",".join(header)
+    assert script.read_results(path, Configuration) == {run: result(script, 0.5)}
+
+
 def test_what_is_cut_off_is_named(script, tmp_path):
     path = tmp_path / "results.csv"
     for seed in range(2):
@@ -100,12 +112,84 @@ def test_what_is_cut_off_is_named(script, tmp_path):
         script.read_results(path, Configuration)
 
 
+def test_other_columns_are_refused(script, tmp_path):
+    path = tmp_path / "results.csv"
+    script.append_result(path, script.Run(CONFIGURATION, 0.1, 0), result(script, 0.5))
+    path.write_text(path.read_text().replace("seconds", "hours"))
+    with pytest.raises(SystemExit, match="Line 2 of .*results.csv"):
+        script.read_results(path, Configuration)
+
+
 def test_remaining_time_is_from_runs_alike(script):
     results = {
         script.Run(CONFIGURATION, 0.1, 3): result(script, 0.5)._replace(seconds=4.0),
         script.Run(Configuration("batch_norm", 64), 0.1, 3): result(script, 0.5)._replace(seconds=1.0),
     }
-    others = [Configuration("none", 8), Configuration("none", 64)]
-    assert script.remaining_seconds(others, SEEDS, results) == 5 * 4.0 + 5 * 1.0
-    assert script.remaining_seconds([CONFIGURATION], SEEDS, results) == 4 * 4.0
-    assert script.remaining_seconds([], SEEDS, results) == 0
+
+    def seconds(*configurations):
+        counts = {each: script.count_missing(each, SEEDS, results) for each in configurations}
+        return script.remaining_seconds(counts, results)
+
+    assert seconds(Configuration("none", 8), Configuration("none", 64)) == 5 * 4.0 + 5 * 1.0
+    assert seconds(CONFIGURATION) == 4 * 4.0
+    assert seconds() == 0
+
+
+@pytest.fixture
+def work(script, monkeypatch, tmp_path, capsys):
+    """Calls `work` with threads in the place of processes; returns the runs that were done and what was printed."""
+    monkeypatch.setattr(
+        script, "start_pools", lambda jobs: [concurrent.futures.ThreadPoolExecutor(1) for _ in range(jobs)]
+    )
+
+    def work(configurations, *options, measure=None, **kwargs):
+        parser = argparse.ArgumentParser()
+        script.add_arguments(parser, tmp_path / "results.csv")
+        done = []
+
+        def recorded(run):
+            done.append(run)
+            return (measure or (lambda run: result(script, 1 - abs(run.learning_rate - 0.1))))(run)
+
+        script.work(configurations, recorded, parser.parse_args(options), **kwargs)
+        return done, capsys.readouterr().out
+
+    return work
+
+
+OTHERS = [CONFIGURATION, Configuration("none", 8)]
+
+
+def test_work_resumes(script, work):
+    """Stopped and called again, it does what is missing, and nothing twice."""
+    done, printed = work(OTHERS[:1], "--seeds", "0", "--jobs", "1")
+    assert [run.learning_rate for run in done] == [0.03, 0.1, 0.3] and "All of 1 configurations are done" in printed
+    assert "batch_norm 8, rate 0.03, seed 0: held out accuracy 0.930, test accuracy 0.500, 10 s (about 1 min" in printed
+    more, printed = work(OTHERS, "--jobs", "2")
+    assert len(set(more)) == len(more) == 2 + 3 + 2 and not set(more) & set(done)
+    assert {run for run in more if run.configuration == CONFIGURATION} == {
+        script.Run(CONFIGURATION, 0.1, seed) for seed in (1, 2)
+    }
+    assert work(OTHERS, "--jobs", "2")[0] == []
+
+
+def test_work_ends_when_the_time_is_up(work):
+    done, printed = work(OTHERS, "--minutes", "0", "--jobs", "1")
+    assert done == [] and "2 of 2 configurations are not done. Run it again to go on." in printed
+
+
+def test_work_keeps_what_is_done_when_one_fails(script, work):
+    def fail_later(run):
+        if run.learning_rate == 0.3:
+            raise RuntimeError("out of memory")
+        return result(script, 0.5)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work(OTHERS[:1], "--seeds", "0", "--jobs", "1", measure=fail_later)
+    done, _ = work(OTHERS[:1], "--seeds", "0", "--jobs", "1")
+    assert done[0].learning_rate == 0.3
+
+
+def test_work_with_given_rates(script, work):
+    done, _ = work(OTHERS, "--jobs", "1", rate_of=lambda configuration: configuration.batch_size / 64)
+    assert done == [script.Run(configuration, 0.125, seed) for configuration in OTHERS for seed in (0, 1, 2)]

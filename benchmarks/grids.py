@@ -1,8 +1,10 @@
-"""Runs of configurations with learning rates chosen on held-out data: what to run next, in which process, the CSV.
+"""Grids of trainings that resume from a CSV file: what to run next, in which process, and the file.
 
-A configuration is a named tuple of what is measured. It is trained with `FIRST_RATES` from the first seed; that rate is
-chosen with which the accuracy on held-out data is best, and while it is the largest or the smallest tried, the next one
-is tried, too. With the chosen rate it is trained from the other seeds. Results of test data choose nothing.
+A configuration is a named tuple of what is measured; a run adds a learning rate and a seed. The first seed searches the
+learning rate: those of `FIRST_RATES` are tried, then the neighbours of the best, until both are worse. With that rate,
+the configuration is trained from the other seeds. Held-out accuracy decides; test accuracy does not.
+
+Each run that is done is a line of the file, at once, and is never done again.
 """
 
 import concurrent.futures
@@ -13,17 +15,32 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from measurement import read_rows
 
-__all__ = ["FIRST_RATES", "LEARNING_RATES", "Result", "Run", "add_arguments", "check_positive", "chosen_runs", "work"]
+__all__ = [
+    "RESULTS",
+    "ROOT",
+    "SEEDS",
+    "Result",
+    "Run",
+    "add_arguments",
+    "check_positive",
+    "chosen_runs",
+    "read_results",
+    "tried_rates",
+    "work",
+]
 
-# For batches of 64, and in proportion for others (Goyal et al., https://arxiv.org/abs/1706.02677).
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# For batches of 64, and in proportion for others.
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_RATES = (0.03, 0.1, 0.3)
 SEEDS = (0, 1, 2)
-# Workers end after so many runs, because TensorFlow keeps some memory of each.
+# TensorFlow keeps some memory of each run, so a process ends after so many.
 RUNS_OF_A_WORKER = 25
 
 
@@ -47,19 +64,19 @@ class Result(NamedTuple):
 
 
 def columns(kind, result_kind=Result):
-    """The columns of a file about configurations and results of these classes."""
+    """The columns of a file of configurations and results of these classes."""
     return (*kind._fields, *Run._fields[1:], *result_kind._fields)
 
 
 def read_results(path, kind, result_kind=Result):
-    """The runs of a CSV file, of configurations of the class `kind`, with their results."""
+    """Reads the runs in a CSV file, of configurations of the class `kind`, and their results."""
     if not path.exists():
         return {}
     results = {}
     for number, row in enumerate(read_rows(path), 2):
-        if tuple(row) != columns(kind, result_kind) or None in row.values():
+        if set(row) != set(columns(kind, result_kind)) or None in row.values():
             sys.exit(f"Line {number} of {path} is not of this script. Delete it to go on, or give another --output.")
-        values = {name: row[name] if name == "versions" else _as_written(row[name]) for name in row}
+        values = {name: _as_written(text) for name, text in row.items()}
         configuration = kind(*(values[name] for name in kind._fields))
         run = Run(configuration, values["learning_rate"], values["seed"])
         results[run] = result_kind(*(values[name] for name in result_kind._fields))
@@ -76,19 +93,26 @@ def _as_written(text):
 
 
 def append_result(path, run, result):
-    """Writes a line, and a header first if the file is new."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Appends a line in the order of the columns that the file has; a new file begins with a header."""
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+    else:
+        header = columns(type(run.configuration), type(result))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append_line(path, header)
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in result._asdict().items()}
+    values = {**run._asdict(), **run.configuration._asdict(), **rounded}
+    _append_line(path, [values[name] for name in header])
+
+
+def _append_line(path, values):
     with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(columns(type(run.configuration), type(result)))
-        rounded = (round(value, 4) if isinstance(value, float) else value for value in result)
-        writer.writerow([*run.configuration, *run[1:], *rounded])
+        csv.writer(file, lineterminator="\n").writerow(values)
 
 
 def best_rate(tried):
-    """The learning rate with the best accuracy on what is held out; of equals that with the lower loss."""
+    """The learning rate with the best held-out accuracy; of equals that with the lower loss."""
 
     def merit(rate):
         loss = tried[rate].held_out_loss
@@ -114,7 +138,7 @@ def rates_to_try(configuration, seed, results):
 
 
 def next_runs(configuration, seeds, results, rate=None):
-    """The runs of a configuration that can be done now; none if it is done. With a `rate` all have that one."""
+    """The runs of a configuration that can be done now; none if it is done. With a `rate`, all have that one."""
     if rate is not None:
         return [run for seed in seeds if (run := Run(configuration, rate, seed)) not in results]
     first, *others = seeds
@@ -133,44 +157,49 @@ def chosen_runs(configuration, seeds, results):
     return [run for seed in seeds if (run := Run(configuration, rate, seed)) in results]
 
 
-def remaining_seconds(configurations, seeds, results, rate=None):
-    """How long what is missing will take one process, as far as can be told: rates that are tried later are not."""
+def count_missing(configuration, seeds, results, rate=None):
+    """How many runs a configuration lacks, as far as is known: rates that the search tries later are not counted."""
+    searching = rate is None and rates_to_try(configuration, seeds[0], results)
+    return len(next_runs(configuration, seeds, results, rate)) + (len(seeds) - 1 if searching else 0)
+
+
+def remaining_seconds(counts, results):
+    """Estimates how long one process takes for missing runs, counted by configuration, from those that are done."""
     seconds = {}
     for run, result in results.items():
-        for key in (_size(run.configuration), run.configuration.batch_size, None):
+        for key in _comparable(run.configuration):
             seconds.setdefault(key, []).append(result.seconds)
     left = 0.0
-    for configuration in configurations:
-        count = len(next_runs(configuration, seeds, results, rate))
-        if rate is None and rates_to_try(configuration, seeds[0], results):
-            count += len(seeds) - 1
-        known = next(seconds[key] for key in (_size(configuration), configuration.batch_size, None) if key in seconds)
+    for configuration, count in counts.items():
+        known = next(seconds[key] for key in _comparable(configuration) if key in seconds)
         left += count * statistics.fmean(known)
     return left
 
 
-def _size(configuration):
-    # With another normalization it takes nearly the same time.
-    return configuration._replace(normalization=None)
+def _comparable(configuration):
+    # What takes about as long: the same with another normalization, or else with that batch size, or else anything.
+    return configuration._replace(normalization=None), configuration.batch_size, None
 
 
-def describe(run):
-    """A run in a few words."""
+def describe(run, result):
+    """What was run and found, in a line."""
     names = [str(value) for name, value in run.configuration._asdict().items() if not name.endswith("images")]
-    return f"{' '.join(names)}, rate {run.learning_rate:g}, seed {run.seed}"
+    found = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in result._asdict().items() if "accuracy" in name]
+    return f"{' '.join(names)}, rate {run.learning_rate:g}, seed {run.seed}: {', '.join(found)}, {result.seconds:.0f} s"
 
 
 def start_worker():
-    """One thread for each process, which wastes less than two threads for one, above all with small batches."""
+    """Sets one thread for each process, which wastes less than two threads for one, above all with small batches."""
     import tensorflow as tf
 
+    # It warns of graphs that are traced again and again; here each configuration has its own.
     tf.get_logger().setLevel("ERROR")
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def start_pools(jobs):
-    """A pool for each process, so that a configuration can stay in one, which builds its graph once."""
+    """Starts a pool for each process, so that a configuration can stay in one, which builds its graph once."""
     context = multiprocessing.get_context("spawn")
     return [
         concurrent.futures.ProcessPoolExecutor(
@@ -180,22 +209,25 @@ def start_pools(jobs):
     ]
 
 
-def work(configurations, measure, arguments, result_kind=Result):
-    """Does the runs that are missing, in each process those of one configuration after the other, until it is time.
+def work(configurations, measure, arguments, result_kind=Result, rate_of=None):
+    """Does the missing runs, in each process one configuration after the other, until the time is up.
 
     Args:
-        configurations: Of one class, which has the field `batch_size`, and `normalization`.
+        configurations: Of one class, with the fields `batch_size` and `normalization`.
         measure: A function of a module that makes a result of a `Run`; called in other processes.
         arguments: With those of `add_arguments`.
-        result_kind: The class of the results, which has the fields of `Result` that choose a rate, and `seconds`.
+        result_kind: The class of the results, with the field `seconds`, and those of `Result` that choose a rate.
+        rate_of: A function from a configuration to its learning rate, None to search it; by default `--rate` is for
+            all.
     """
+    rate_of = rate_of or (lambda configuration: arguments.rate)
     results = read_results(arguments.output, type(configurations[0]), result_kind)
     deadline = time.monotonic() + 60 * arguments.minutes
     waiting = iter(configurations)
     current, running = {}, {}
 
     def missing(configuration):
-        return next_runs(configuration, arguments.seeds, results, arguments.rate)
+        return next_runs(configuration, arguments.seeds, results, rate_of(configuration))
 
     def start_next(pool):
         while pool not in current or not missing(current[pool]):
@@ -216,12 +248,9 @@ def work(configurations, measure, arguments, result_kind=Result):
                 pool, run = running.pop(future)
                 results[run] = result = future.result()
                 append_result(arguments.output, run, result)
-                seconds = remaining_seconds(configurations, arguments.seeds, results, arguments.rate)
-                print(
-                    f"{describe(run)}: held out {result.held_out_accuracy:.3f}, test {result.test_accuracy:.3f} "
-                    f"({result.seconds:.0f} s; about {math.ceil(seconds / arguments.jobs / 60)} min to go)",
-                    flush=True,
-                )
+                counts = {each: count_missing(each, arguments.seeds, results, rate_of(each)) for each in configurations}
+                minutes = math.ceil(remaining_seconds(counts, results) / arguments.jobs / 60)
+                print(f"{describe(run, result)} (about {minutes} min to go)", flush=True)
                 start_next(pool)
     finally:
         for pool in pools:
@@ -233,23 +262,39 @@ def work(configurations, measure, arguments, result_kind=Result):
         print(f"All of {len(configurations)} configurations are done: {arguments.output}")
 
 
-def add_arguments(parser, output):
-    """Adds what `work` takes to a parser of the command line."""
+def add_arguments(parser, output, seeds=SEEDS, rate=None):
+    """Adds what `work` takes to a parser of the command line; with a `rate`, that is the default."""
+    add_list(parser, "seeds", seeds, int)
+    rates, default = " ".join(map(str, LEARNING_RATES)), "the best is searched" if rate is None else rate
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help=f"default: {' '.join(map(str, SEEDS))}"
-    )
-    rates = " ".join(map(str, LEARNING_RATES))
-    parser.add_argument(
-        "--rate", type=float, choices=LEARNING_RATES, metavar="RATE", help=f"of {rates}; default: the best is searched"
+        "--rate",
+        type=float,
+        choices=LEARNING_RATES,
+        default=rate,
+        metavar="RATE",
+        help=f"of {rates}; default: {default}",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time; default: all cores")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing more is started")
-    parser.add_argument("--output", type=type(output), default=output, metavar="CSV", help=f"default: {output.name}")
+    parser.add_argument("--output", type=Path, default=output, metavar="CSV", help=f"default: {output.name}")
+
+
+def add_list(parser, name, default, kind=str, choices=None):
+    """Adds an argument of several values to a parser of the command line."""
+    parser.add_argument(
+        f"--{name}",
+        nargs="+",
+        type=kind,
+        choices=choices,
+        default=default,
+        metavar="N" if kind is int else "NAME",
+        help=f"default: {' '.join(map(str, default))}",
+    )
 
 
 def check_positive(parser, arguments, *names):
-    """Ends the program if arguments, or entries of them, that were given are not positive."""
-    for name in names:
+    """Ends the program if arguments, or entries of them, are given and not positive."""
+    for name in (*names, "jobs", "minutes"):
         values = getattr(arguments, name)
         values = values if isinstance(values, (list, tuple)) else [values]
         if any(value is not None and value <= 0 for value in values):
