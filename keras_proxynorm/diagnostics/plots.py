@@ -11,8 +11,8 @@ _POWER_COLOURS = ("#3b0f4f", "#2a788e", "#7fc7a0", "#fff2a8")
 _POWER_LABELS = (
     "P1: channel means",
     "P2: means, between samples",
-    "P3: standard deviations",
-    "P4: standard deviations, between samples",
+    "P3: stddevs, in a sample",
+    "P4: stddevs, between samples",
 )
 # Colours of Okabe and Ito, and markers and dashes for those who cannot distinguish colours.
 _LINE_STYLES = (
@@ -58,7 +58,7 @@ def plot_powers(result: Any, ax: Any = None, title: str | None = None, legend: b
 
 _SIGNALS = {
     "mean": ("activation mean", "linear"),
-    "std": ("standard deviation", "log"),
+    "std": ("activation stddev", "log"),
     "cosine": ("cosine between samples", "linear"),
     "stable_rank": ("stable rank", "linear"),
     "gradient_norm": ("gradient norm", "log"),
