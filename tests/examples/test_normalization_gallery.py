@@ -1,7 +1,6 @@
 """That examples/normalization_gallery.py measures a model of one's own and writes its files."""
 
 import csv
-import subprocess
 import sys
 
 import keras
@@ -19,23 +18,23 @@ pytestmark = tensorflow_only
 SCRIPT = ROOT / "examples" / "normalization_gallery.py"
 
 
-def test_own_model(tmp_path):
+def test_own_model(monkeypatch, tmp_path):
+    script = load_script(SCRIPT)
     model = keras.Sequential([keras.Input((32, 32, 3))], name="mine")
     for _ in range(2):
         model.add(layers.Conv2D(16, 3))
         model.add(layers.BatchNormalization())
         model.add(layers.ReLU())
     model.save(tmp_path / "model.keras")
-    command = [sys.executable, SCRIPT, "--model", tmp_path / "model.keras", "--size", 32, "--count", 4]
-    command += ["--output", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    options = ["--model", tmp_path / "model.keras", "--size", 32, "--count", 4, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["normalization_gallery.py", *map(str, options)])
+    script.main()
     assert (tmp_path / "out" / "mine.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "out" / "mine.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["normalization"] for row in rows] == [n for n in ("BN", "LN", "GN", "LN+PN", "GN+PN") for _ in "12"]
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert again.returncode == 1 and "exists; give --overwrite to replace it" in again.stderr
+    with pytest.raises(SystemExit, match="exists; give --overwrite to replace it"):
+        script.main()
 
 
 def test_crops():

@@ -1,7 +1,6 @@
 """That examples/random_network.py shows what the paper shows: the numbers of its figure, and the files."""
 
 import csv
-import subprocess
 import sys
 
 import keras
@@ -81,11 +80,11 @@ def test_padding_is_periodic(script):
     np.testing.assert_array_equal(padded, np.pad(x[0, ..., 0], 1, mode="wrap"))
 
 
-def test_files(tmp_path):
-    command = [sys.executable, SCRIPT, "--depth", 3, "--width", 16, "--count", 8, "--output", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "P1/P2/P3/P4 at layer 3" in done.stdout
+def test_files(script, monkeypatch, tmp_path, capsys):
+    options = ["--depth", "3", "--width", "16", "--count", "8", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["random_network.py", *options])
+    script.main()
+    assert "P1/P2/P3/P4 at layer 3" in capsys.readouterr().out
     with (tmp_path / "out" / "random_network.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 7 * 3
@@ -94,8 +93,9 @@ def test_files(tmp_path):
     png = (tmp_path / "out" / "random_network.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     # What is there is not replaced unasked.
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert again.returncode == 2 and "exists; give --overwrite to replace it" in again.stderr
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "exists; give --overwrite to replace it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--width", "20"), ("--depth", "1"), ("--images", "missing"), ("--count", "1")])
