@@ -88,6 +88,16 @@ def test_call_of_functional_models():
     assert type(Overriding()).call is not compat.functional_call()
 
 
+@without_it("surgery takes masks that follow a tensor for arguments of a call, or the other way round")
+def test_masks_follow_symbolic_tensors():
+    tokens = keras.Input((4,), dtype="int32")
+    embedded = keras.layers.Embedding(5, 3, mask_zero=True)(tokens)
+    assert compat.own_mask(tokens) is None
+    assert compat.own_mask(embedded).shape == (None, 4)
+    # It follows through layers that support masks, as the same tensor.
+    assert compat.own_mask(keras.layers.Dropout(0.5)(embedded)) is compat.own_mask(embedded)
+
+
 @without_it("layers inside of other layers and models are not found")
 def test_layers_inside_are_those_at_any_depth():
     dense = keras.layers.Dense(2)
