@@ -20,6 +20,7 @@ __all__ = [
     "lambda_output_shape",
     "layers_inside",
     "nodes_of",
+    "own_mask",
     "own_variables",
     "track_loss",
     "update_metrics",
@@ -124,3 +125,8 @@ def functional_call() -> Any:
     """The `call` of functional models."""
     inputs = keras.Input((1,))
     return type(keras.Model(inputs, inputs)).call
+
+
+def own_mask(tensor: keras.KerasTensor) -> keras.KerasTensor | None:
+    """The mask that follows a symbolic tensor through the calls of layers, without being passed."""
+    return getattr(tensor, "_keras_mask", None)

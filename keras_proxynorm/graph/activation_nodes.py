@@ -1,5 +1,7 @@
 """Which operations of a graph are activations that a normalization layer can absorb."""
 
+from typing import Any
+
 import keras
 
 from keras_proxynorm.moments import resolve_activation
@@ -51,7 +53,7 @@ _OPERATIONS_WITH_LAYERS = {
 _OTHER_OPERATIONS = ("Glu", "LogSoftmax", "Mish", "Softmax", "Sparsemax", "Threshold")
 
 
-def activation_of(operation: keras.Operation):
+def activation_of(operation: keras.Operation) -> Any:
     """The activation that `operation` applies and nothing else, as an argument of a layer; None if there is none."""
     activation = _activation(operation)
     if activation is None:
@@ -107,7 +109,7 @@ def _relu(negative_slope, max_value, threshold):
     return keras.layers.ReLU(max_value=max_value, negative_slope=negative_slope, threshold=threshold)
 
 
-def same_activation(first, second) -> bool:
+def same_activation(first: Any, second: Any) -> bool:
     """Whether two activations from `activation_of` are one function."""
     return first is second or (
         isinstance(first, keras.layers.Layer)
@@ -116,7 +118,7 @@ def same_activation(first, second) -> bool:
     )
 
 
-def describe_activation(activation) -> str | None:
+def describe_activation(activation: Any) -> str | None:
     """A short name such as `"relu"` or `"LeakyReLU(negative_slope=0.1)"`; None for None."""
     if isinstance(activation, keras.layers.Layer):
         arguments = ", ".join(f"{key}={value}" for key, value in _arguments(activation).items() if value is not None)

@@ -9,6 +9,7 @@ import numpy as np
 from keras_proxynorm.compat import copy_rematerialization
 from keras_proxynorm.compat import excludes_from_weight_decay
 from keras_proxynorm.compat import layers_inside
+from keras_proxynorm.compat import own_variables
 
 __all__ = [
     "cannot_clone",
@@ -50,32 +51,45 @@ def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights:
     Raises:
         ValueError: If the clone has other weights than the layer, or the same.
     """
-    pairs = _pairs_inside(source, target)
+    layers, variables = _pairs_inside(source, target)
     # From the outside in, because setting it on a layer sets it on all layers inside.
-    for old, new in pairs:
+    for old, new in layers:
         new.trainable = old.trainable
         copy_rematerialization(old, new)
-    for old, new in zip(source.weights, target.weights, strict=True):
+    for old, new in variables:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
-    for old, new in pairs:
+    for old, new in layers:
         if weights or hasattr(old, "adapt"):
             _carry_as_a_file_would(old, new)
     if weights:
         # Exactly: a file merges the adapters of a layer into its kernel.
-        for old, new in zip(source.weights, target.weights, strict=True):
+        for old, new in variables:
             new.assign(copy_of(old))
 
 
 def _pairs_inside(source, target):
+    """Pairs of the layers inside of a layer and of its clone, and pairs of their weights."""
     layers = layers_inside(source), layers_inside(target)
-    types = [[type(layer) for layer in inside] for inside in layers]
-    shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (source, target)]
-    if types[0] != types[1] or shapes[0] != shapes[1]:
+    if [type(layer) for layer in layers[0]] != [type(layer) for layer in layers[1]]:
+        raise cannot_clone(source, ValueError(f"the layers {layers[1]}, expected {layers[0]}"))
+    pairs = list(zip(*layers, strict=True))
+    variables = [pair for old, new in pairs for pair in _pairs_of_variables(old, new)]
+    shapes = [[tuple(pair[i].shape) for pair in variables] for i in range(2)]
+    if shapes[0] != shapes[1] or len(source.weights) != len(target.weights):
         raise cannot_clone(source, ValueError(f"weights of the shapes {shapes[1]}, expected {shapes[0]}"))
-    if {id(weight) for weight in source.weights} & {id(weight) for weight in target.weights}:
+    if any(old is new for old, new in variables):
         raise cannot_clone(source, ValueError("a layer with the same variables, so that `get_config` holds a layer"))
-    return list(zip(*layers, strict=True))
+    return pairs, variables
+
+
+def _pairs_of_variables(old, new):
+    """Pairs of a layer's own weights and those of its clone, which may have made them in another order."""
+    olds, news = own_variables(old), own_variables(new)
+    by_name = {weight.name: weight for weight in news}
+    if len(by_name) == len(news) and by_name.keys() == {weight.name for weight in olds}:
+        return [(weight, by_name[weight.name]) for weight in olds]
+    return zip(olds, news, strict=False)
 
 
 def _carry_as_a_file_would(old, new):

@@ -11,6 +11,7 @@ __all__ = [
     "LINEAR_WITH_KERNEL",
     "NORMALIZATIONS",
     "SEPARABLE",
+    "TRANSPOSED",
     "absorbs_offset",
     "data_axis",
     "has_activation",
@@ -38,7 +39,8 @@ DEPTHWISE = _classes("DepthwiseConv1D", "DepthwiseConv2D")
 SEPARABLE = _classes("SeparableConv1D", "SeparableConv2D")
 # Those with one kernel, which maps input channels to output channels.
 LINEAR_WITH_KERNEL = (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE)
-LINEAR = (*LINEAR_WITH_KERNEL, *SEPARABLE)
+TRANSPOSED = _classes("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
+LINEAR = (*LINEAR_WITH_KERNEL, *SEPARABLE, *TRANSPOSED)
 
 # Poolings of windows that reach over the border leave the padding out, and the weights of an interpolation sum to 1.
 _AFFINE = _classes("Dropout", "Identity") + _classes_of_each_dimension(
@@ -56,7 +58,6 @@ _AFFINE_OPERATIONS = (
     *NORMALIZATIONS,
     *LINEAR,
     *_classes("EinsumDense"),
-    *_classes("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
 )
 
 # What a subclass may define without changing what the layer computes.
@@ -68,8 +69,8 @@ def data_axis(layer: keras.layers.Layer, rank: int) -> int:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
-def normalization_axis(layer: Any) -> int | None:
-    """The channel axis of a normalization layer, as its argument says it; None if it has several."""
+def normalization_axis(layer: Any) -> Any:
+    """The channel axis of a normalization layer, an integer as its argument says it; None if it has several."""
     axis = layer.axis
     if isinstance(axis, (list, tuple)):
         return int(axis[0]) if len(axis) == 1 else None

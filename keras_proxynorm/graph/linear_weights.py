@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_proxynorm.graph.layer_kinds import DEPTHWISE
 from keras_proxynorm.graph.layer_kinds import SEPARABLE
+from keras_proxynorm.graph.layer_kinds import TRANSPOSED
 
 __all__ = ["WITH_BIAS", "LinearWeights", "as_float64", "fixed_weights_reason"]
 
@@ -16,19 +17,24 @@ WITH_BIAS = {"use_bias": True, "bias_initializer": "zeros", "bias_regularizer": 
 
 
 class LinearWeights:
-    """Kernel and bias of a dense, convolution, depthwise or separable layer, in float64.
+    """Kernel and bias of a dense, convolution, transposed, depthwise or separable layer, in float64.
 
     Args:
         layer: The layer, built. One without bias counts as one with zeros.
     """
 
     def __init__(self, layer: Any):
-        self._kernels = {name: as_float64(getattr(layer, name)) for name in _kernel_names(layer)}
+        # Those of transposed convolutions have the channels of the output before those of the input.
+        self._is_transposed = isinstance(layer, TRANSPOSED)
+        self._kernels = {name: self._turned(as_float64(getattr(layer, name))) for name in _kernel_names(layer)}
         self._is_depthwise = isinstance(layer, (*DEPTHWISE, *SEPARABLE))
         last = list(self._kernels.values())[-1]
         filters = last.shape[-2] * last.shape[-1] if isinstance(layer, DEPTHWISE) else last.shape[-1]
         bias = getattr(layer, "bias", None)
         self._bias = np.zeros(filters) if bias is None else as_float64(bias)
+
+    def _turned(self, kernel):
+        return np.swapaxes(kernel, -1, -2) if self._is_transposed else kernel
 
     def response(self, offset: np.ndarray) -> np.ndarray:
         """The kernel by which a vector over input channels, times `offset`, becomes one over output channels."""
@@ -59,7 +65,7 @@ class LinearWeights:
     def assign(self, layer: Any) -> None:
         """Writes them to `layer`, of the same kind, which must have a bias."""
         for name, kernel in self._kernels.items():
-            getattr(layer, name).assign(kernel)
+            getattr(layer, name).assign(self._turned(kernel))
         layer.bias.assign(self._bias)
 
 

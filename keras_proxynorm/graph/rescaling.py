@@ -14,6 +14,7 @@ import numpy as np
 from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
 from keras_proxynorm.graph.layer_kinds import LINEAR
 from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
+from keras_proxynorm.graph.layer_kinds import TRANSPOSED
 from keras_proxynorm.graph.layer_kinds import data_axis
 from keras_proxynorm.graph.layer_kinds import has_activation
 from keras_proxynorm.graph.layer_kinds import pads_with_zeros
@@ -229,6 +230,8 @@ class _Search:
             axis = data_axis(operation, len(call.inputs[0].shape))
             padding = getattr(operation, "padding", "valid")
             has_offset = (rescaling is None or rescaling.has_offset) and not self.approximate
+            if has_offset and type(operation) in TRANSPOSED:
+                return f"{kind}, in which fewer positions meet at the border"
             if has_offset and padding != "valid" and set(operation.kernel_size) != {1}:
                 return f"{kind} with padding='{padding}', which has zeros where the offset would have to be"
         elif isinstance(operation, NORMALIZATIONS):

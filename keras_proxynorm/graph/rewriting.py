@@ -35,9 +35,11 @@ class Rewrite:
         make: Makes the new layer; it is called once.
         carry: Sets the weights of the new layer, and what of them is trainable: a function of the old operation and the
             new layer. It returns notes about what could not be carried.
-        absorbs: Operations that vanish into the new layer. One that `source` reads passes its own input on. One that
-            reads `source` becomes the output of the new layer.
-        reads: Further tensors of the old model, whose counterparts are passed to `call`.
+        absorbs: Operations that vanish into the new layer where they read `source`: its output takes the place of
+            theirs.
+        preceding: The operation before `source` that vanishes into the new layer, which reads what that one reads; or
+            None.
+        reads: Further tensors of the old model, on which `source` depends. Their counterparts are passed to `call`.
         call: How the new layer is called, if it is more than one layer: a function of the new layer, the arguments of
             the call, and `reads`. Defaults to a call of the new layer.
     """
@@ -46,6 +48,7 @@ class Rewrite:
     make: Callable[[], Any]
     carry: Callable[[Any, Any], Sequence[str]]
     absorbs: tuple[keras.Operation, ...] = ()
+    preceding: keras.Operation | None = None
     reads: tuple[keras.KerasTensor, ...] = ()
     call: Callable[..., Any] | None = None
 
@@ -183,7 +186,7 @@ class _Cloner:
             apply: How a new layer is called.
         """
         values = dict(values)
-        # What operations that vanish behind a tensor become: the output of the layer that absorbs them.
+        # What operations that read a tensor and vanish become: the output of the layer that absorbs them.
         absorbed: dict[tuple[keras.KerasTensor, keras.Operation], Any] = {}
 
         def new(structure):
@@ -199,9 +202,9 @@ class _Cloner:
             elif vanished:
                 outputs = vanished[0]
             elif operation in self.rewrites:
-                outputs, behind = self.rewritten(graph, call, new, apply)
-                absorbed.update(behind)
-            elif self.is_absorbed(graph, call):
+                outputs, after = self.rewritten(graph, call, new, apply)
+                absorbed.update(after)
+            elif self.precedes_rewritten(graph, call):
                 outputs = values.get(call.inputs[0])
             else:
                 outputs = apply(self.clone(operation), *new(call.args), **new(call.kwargs))
@@ -211,23 +214,24 @@ class _Cloner:
     def rewritten(self, graph, call, new, apply):
         """The output of a call that is rewritten, and what its consumers become that are absorbed."""
         consumers = [consumer.operation for consumer in graph.consumers(call.output)]
-        results, behind = [], {}
+        results: list[tuple[Any, bool]] = []
+        after: dict[tuple[keras.KerasTensor, keras.Operation], Any] = {}
         for rewrite, layer in zip(self.rewrites[call.operation], self.new_layers(call.operation), strict=True):
             args, kwargs = _arguments_for(call, layer)
             if rewrite.call is None:
                 output = apply(layer, *new(args), **new(kwargs))
             else:
                 output = rewrite.call(layer, *new(args), *new(rewrite.reads), **new(kwargs))
-            after = [operation for operation in consumers if operation in rewrite.absorbs]
-            behind |= {(call.output, operation): output for operation in after}
-            results.append((output, after))
+            taken = [operation for operation in consumers if operation in rewrite.absorbs]
+            after |= {(call.output, operation): output for operation in taken}
+            results.append((output, bool(taken)))
         # The last of them if all absorb a consumer: then nothing else reads it.
-        return next((output for output, after in results if not after), results[-1][0]), behind
+        return next((output for output, is_taken in results if not is_taken), results[-1][0]), after
 
-    def is_absorbed(self, graph, call):
-        """Whether a rewrite of the one consumer of a call absorbs it."""
+    def precedes_rewritten(self, graph, call):
+        """Whether a call vanishes into the one that reads it."""
         return any(
-            call.operation in rewrite.absorbs
+            call.operation is rewrite.preceding
             for consumer in graph.consumers(call.output)
             for rewrite in self.rewrites.get(consumer.operation, ())
         )

@@ -1,5 +1,6 @@
 """Makes the layers that take the place of normalizations, and says how a model is rewritten with them."""
 
+import functools
 from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
@@ -85,22 +86,21 @@ def rewrites(decisions: Iterable[Decision], copies: bool) -> Iterator[Rewrite]:
         for layer in decision.new_layers:
             absorbs = (*linear, *decision.absorbed) if layer is decision.activated else linear
 
-            def carry(source, new, decision=decision):
-                return _carry(decision, new, copies)
-
-            yield Rewrite(decision.layer, lambda layer=layer: layer, carry, absorbs)
+            make = functools.partial(_identity, layer)
+            yield Rewrite(decision.layer, make, functools.partial(_carry, decision, copies), absorbs)
         for activation in decision.renamed:
             dtype = dtype_of(decision.outermost)
-
-            def make(name=activation.name, dtype=dtype):
-                return keras.layers.Identity(name=name, dtype=dtype)
-
+            make = functools.partial(keras.layers.Identity, name=activation.name, dtype=dtype)
             yield Rewrite(activation, make, lambda *_: ())
 
 
-def _carry(decision: Decision, new: Any, copies: bool) -> list[str]:
+def _identity(layer):
+    return layer
+
+
+def _carry(decision: Decision, copies: bool, source: Any, new: Any) -> list[str]:
     """Carries the weights of a normalization over to a new layer; returns what did not come through."""
-    source, linear, notes = decision.layer, decision.linear, []
+    linear, notes = decision.linear, []
     carried = carry_by_name(source, new, copies)
     if linear is not None:
         carry_by_name(linear, new.layer, copies)

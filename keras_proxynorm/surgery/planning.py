@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import keras
 
+from keras_proxynorm.compat import own_mask
 from keras_proxynorm.graph.activation_nodes import activation_of
 from keras_proxynorm.graph.activation_nodes import describe_activation
 from keras_proxynorm.graph.activation_nodes import looks_like_activation
@@ -27,6 +28,7 @@ from keras_proxynorm.graph.reading import Graph
 from keras_proxynorm.graph.reading import as_path
 from keras_proxynorm.graph.reading import count_calls
 from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.graph.reading import tensors_in
 from keras_proxynorm.graph.report import LEFT_ALONE
 from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.surgery.targets import Target
@@ -160,6 +162,7 @@ def _decide(used: list[_Use], counts, selects, target: Target) -> Decision:
     graph, call = used[0]
     layer, path = call.operation, as_path(graph, call.operation)
     is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
+    reason: str | None
     if not selects(path, layer):
         reason = "not selected" if is_batch_norm else f"{type(layer).__name__}, which was not asked for"
         return Decision(layer, path, LEFT_ALONE, reason=reason, is_selected=False)
@@ -276,7 +279,8 @@ def _reason_against_new_layer(use: _Use, layer, decision: Decision):
     """Why a new layer cannot take the place of a normalization in one of its calls; None if it can."""
     known = Target.call_arguments(layer)
     for name, value in list(use.call.arguments.items())[1:]:
-        if name not in known and keras.tree.flatten(value) and _holds_tensor(value):
+        # A mask that follows the tensor by itself does so after the new layer, too.
+        if name not in known and tensors_in(value) and value is not own_mask(use.tensor):
             return f"it reads the tensor `{name}`, which {type(layer).__name__} does not take"
     if decision.linear is not None:
         return None
@@ -288,10 +292,6 @@ def _reason_against_new_layer(use: _Use, layer, decision: Decision):
     if mixes and len(shape) == 2 and _is_input(use.graph, use.tensor):
         return "it standardizes the features of the model's input, which would be mixed"
     return None
-
-
-def _holds_tensor(value):
-    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(value))
 
 
 def _values_per_statistic(layer, shape):
@@ -329,7 +329,7 @@ def _reason_not_to_fuse(layer, consumers, activated, fuses):
     if not fuses:
         return "the new layers have no activation"
     if any(not same_activation(consumer.activation, activated[0].activation) for consumer in activated):
-        names = dict.fromkeys(describe_activation(consumer.activation) for consumer in activated)
+        names = dict.fromkeys(str(describe_activation(consumer.activation)) for consumer in activated)
         return f"different activations read its output: {', '.join(names)}"
     layers = list(dict.fromkeys(x.operation for x in activated if isinstance(x.operation, keras.layers.Layer)))
     if layer.activity_regularizer is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 from typing import Literal
 from typing import TypeAlias
+from typing import overload
 
 import keras
 
@@ -51,6 +52,40 @@ LayerChoice: TypeAlias = str | type | keras.layers.Layer
 LayerSelection: TypeAlias = LayerChoice | Iterable[LayerChoice] | Callable[[keras.layers.Layer], bool] | None
 
 
+@overload
+def replace_normalization(
+    model: keras.Model,
+    to: str | Callable[..., keras.layers.Layer] = "group_norm_proxy",
+    *,
+    groups: int = 32,
+    min_channels_per_group: int = 4,
+    weights: Literal["copy", "fresh"] = "copy",
+    compensate: bool = False,
+    calibrate: Any = None,
+    center: bool | None = None,
+    layers: LayerSelection = None,
+    return_report: Literal[False] = False,
+    **layer_kwargs: Any,
+) -> keras.Model: ...
+
+
+@overload
+def replace_normalization(
+    model: keras.Model,
+    to: str | Callable[..., keras.layers.Layer] = "group_norm_proxy",
+    *,
+    groups: int = 32,
+    min_channels_per_group: int = 4,
+    weights: Literal["copy", "fresh"] = "copy",
+    compensate: bool = False,
+    calibrate: Any = None,
+    center: bool | None = None,
+    layers: LayerSelection = None,
+    return_report: Literal[True],
+    **layer_kwargs: Any,
+) -> tuple[keras.Model, ReplacementReport]: ...
+
+
 def replace_normalization(
     model: keras.Model,
     to: str | Callable[..., keras.layers.Layer] = "group_norm_proxy",
@@ -63,8 +98,8 @@ def replace_normalization(
     center: bool | None = None,
     layers: LayerSelection = None,
     return_report: bool = False,
-    **layer_kwargs,
-):
+    **layer_kwargs: Any,
+) -> keras.Model | tuple[keras.Model, ReplacementReport]:
     """Makes a copy of a model with other normalization layers in it, by default group norm with proxy normalization.
 
     A normalization whose output is read by one activation, or by several equal ones, becomes one layer together with
@@ -82,40 +117,40 @@ def replace_normalization(
             ``"instance_enhancement_batch_norm"``, ``"batch_group_norm"``, ``"variance_norm"``;
             ``"filter_response_norm"``, ``"evonorm_s0"`` and ``"evonorm_b0"``, whose own nonlinearity takes the place of
             the activation; ``"cross_iteration_batch_norm"``, ``"conv_norm"``, ``"weight_standardization"`` and
-            ``"weight_normalization"``, which contain the dense or convolution layer in front. Or a function that makes
+            ``"weight_normalization"``, which absorb the preceding dense or convolution layer. Or a function that makes
             a layer. It is called with those of these keyword arguments that it names: `activation`, `channels`,
             `groups`, `axis`, `epsilon`, `momentum`, `center`, `scale`, and `_initializer`, `_regularizer` and
-            `_constraint` of `beta` and `gamma`; `layer`, the linear layer in front, without bias; and with `name` and
-            `dtype`, which it must hand on. If it does not name `activation`, activations stay where they are. If it
-            names `layer`, normalizations that nothing else than one linear layer feeds are replaced, together with
-            that, and the others left alone. A class of layers is such a function.
+            `_constraint` of `beta` and `gamma`; `layer`, the preceding linear layer, without bias; and with `name` and
+            `dtype`, which it must pass on. If it does not name `activation`, activations stay where they are. If it
+            names `layer`, normalizations of the output of one linear layer are replaced together with that layer, and
+            the others left alone. A class of layers is such a function, and so is a `functools.partial` of either.
         groups: The largest number of groups. A layer gets the largest divisor of its number of channels that is not
             larger and leaves `min_channels_per_group` in each group; 1 if there is none. A `GroupNormalization` keeps
             its own.
         min_channels_per_group: The smallest number of channels in a group, unless it is all of them.
         weights: ``"copy"`` carries all weights over, of normalizations those that mean the same: `gamma` and `beta`,
-            and moving statistics into what has such. ``"fresh"`` initializes all of them, except what preprocessing
-            layers have adapted to.
-        compensate: Proxy normalization rescales and shifts what the next layers read. If True, the kernels and biases
-            of the layers that read it take that back, so that copied weights mean what they meant. That is exact, and
-            done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also behind pooling,
+            and moving statistics into layers that have them. ``"fresh"`` initializes all of them, except what
+            preprocessing layers have adapted to.
+        compensate: Proxy normalization adds a scale and an offset to what the next layers read. If True, the kernels
+            and biases of these layers take that back, so that copied weights mean what they meant. That is exact, and
+            done, for dense layers and for convolutions with 1x1 kernels or ``"valid"`` padding, also after pooling,
             cropping, flattening, dropout (at inference) and concatenation. Layers without bias get one. The report says
             where it was not possible; there, weights stay as they are. Regularizers and constraints of kernels see the
             new values.
-        calibrate: A batch of inputs, as for a call of the model: an array of some dozen samples of the data that the
-            new model is for, or what else the model takes. On these the new model then does, channel by channel, what
-            the old one does: scales and offsets are set so that the input of each activation has the mean and the
-            standard deviation that it has in the old model, and proxies to those of the normalized input. Implies
-            `compensate`, which then also takes back what it can only nearly: behind zero padding, but for the border,
-            and behind gates, but for the offset. For group, layer and instance norm, with or without proxies.
-        center: Whether layers without activation have an offset. By default they have one where weights are copied;
-            with fresh weights they have one where an activation follows later, as behind the sum in a ResNet, and none
-            elsewhere, as in the paper. An offset that was not there is never added by default.
+        calibrate: A batch of inputs, as for a call of the model: some dozen samples of the data that the new model is
+            for. On this batch the new model then does, channel by channel, what the old one does: gamma and beta are
+            set so that the input of each activation has the mean and the standard deviation that it has in the old
+            model, and proxies to those of the normalized input. Implies `compensate`, which then also takes back what
+            it can only approximately: after zero padding, except at the border, and after gates, except for the
+            offset. For group, layer and instance norm, with or without proxies.
+        center: Whether layers without activation have a `beta`. By default they have one where weights are copied;
+            with fresh weights they have one where an activation follows later, as after the sum in a ResNet, and none
+            elsewhere, as in the paper. A `beta` that was not there is never added by default.
         layers: Which layers to replace: layers, names (alone or with the models they are nested in, such as
             ``"backbone/conv1_bn"``), classes, several of these, or a function of a layer. By default every
             `BatchNormalization`. A `LayerNormalization` or `GroupNormalization` that is asked for is replaced if it
-            feeds one activation, or if the new layers do not contain activations. Mind that a `LayerNormalization`
-            has statistics for each position, and what replaces it has not.
+            feeds one activation, or if the new layers have no activation. A `LayerNormalization` has statistics for
+            each position; what replaces it has not.
         return_report: If True, return the report, too.
         **layer_kwargs: Further arguments of the new layers, such as `epsilon`, `scale` or `proxy_epsilon`. By default
             the `epsilon`, `momentum`, `scale`, initializers, regularizers and constraints of the old ones are kept.
@@ -124,9 +159,14 @@ def replace_normalization(
         The new model, of the class of the old one if that is made of inputs and outputs. With ``return_report=True``
         also a `keras_proxynorm.surgery.ReplacementReport`, which can be printed.
 
+        What is not understood is left alone, and the report and a warning give the reason: subclasses that override a
+        method, calls with further tensors, groups that would have one value, and normalizations that standardize the
+        features of the model's input.
+
         - Names of layers stay, except those of fused normalizations. So do names and structure of inputs and outputs.
-        - Frozen layers stay frozen. The layer in the place of a frozen normalization is frozen as a whole, with its
+        - Frozen layers stay frozen. The layer that replaces a frozen normalization is frozen as a whole, with its
           proxy, which is then N(0, 1), until `trainable` is set.
+        - LoRA adapters, quantized weights and rematerialization of the layers that are cloned come through.
         - If the model was compiled, so is the new one, with a fresh optimizer.
         - A dtype policy stays with its layer; a fused layer has that of the activation.
         - Random seeds of dropout and the like start anew.
@@ -136,8 +176,10 @@ def replace_normalization(
             a layer that cannot be cloned, which the message names.
 
     Warns:
-        UserWarning: If nothing was replaced, and about all that did not come through: batch normalizations inside
-            other layers, custom classes of models, regularizers that were set after `build`, custom losses.
+        UserWarning: If nothing was replaced; about what was left alone; about normalizations that follow their
+            activation, so that there is none to fuse with; and about all that did not come through: batch
+            normalizations inside other layers, custom classes of models, regularizers that were set after `build`,
+            custom losses.
 
     Example:
 

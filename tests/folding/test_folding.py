@@ -24,6 +24,7 @@ from layers.samples import normal
 import keras_proxynorm as kp
 from keras_proxynorm.export import FoldedNormalization
 from keras_proxynorm.export import fold
+from keras_proxynorm.folding.folding import fold_with_report
 
 ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "hard_silu", "tanh", "elu", None)
 NORMS = {
@@ -124,7 +125,8 @@ READERS = {
     "separable": (lambda: layers.SeparableConv2D(6, 3, depth_multiplier=2, name="reader", use_bias=False), "both"),
     "separable same": (lambda: layers.SeparableConv2D(6, 3, padding="same", name="reader"), "scale"),
     "dense": (lambda: layers.Dense(5, name="reader", use_bias=False), "both"),
-    "transposed": (lambda: layers.Conv2DTranspose(6, 3, name="reader"), "nothing"),
+    "transposed": (lambda: layers.Conv2DTranspose(6, 3, name="reader"), "scale"),
+    "transposed same": (lambda: layers.Conv2DTranspose(6, 3, 2, "same", use_bias=False, name="reader"), "scale"),
     "activation": (lambda: layers.Activation("tanh", name="reader"), "nothing"),
     "permuted": (lambda: layers.Permute((3, 1, 2), name="reader"), "nothing"),
     "layer norm": (lambda: layers.LayerNormalization(name="reader"), "nothing"),
@@ -208,7 +210,6 @@ NOT_INTO_THE_LAYER_IN_FRONT = {
         conv(conv(x)),
     )[1:],
     "another axis": lambda x: (layers.BatchNormalization(axis=1, name="norm")(layers.Conv2D(4, 1)(x)),),
-    "transposed": lambda x: (layers.BatchNormalization(name="norm")(layers.Conv2DTranspose(4, 2)(x)),),
     "called twice itself": lambda x: (
         norm := layers.BatchNormalization(name="norm"),
         norm(layers.Conv2D(4, 1)(x)),
@@ -1088,3 +1089,71 @@ def test_traced():
     folded, x = fold(model), tf.constant(sample(model))
     traced = tf.function(lambda x: folded(x, training=False)["logits"])(x)
     np.testing.assert_allclose(traced, folded(x)["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_batch_norm_after_a_transposed_convolution(kind, data_format):
+    if data_format == "channels_first" and (BACKEND == "tensorflow" or kind == 3):
+        pytest.skip("TensorFlow has no such convolution on a CPU")
+    transposed = getattr(layers, f"Conv{kind}DTranspose")
+    axis = -1 if data_format == "channels_last" else 1
+    inputs = keras.Input((*(4,) * kind, 3) if axis == -1 else (3, *(4,) * kind))
+    x = transposed(5, 3, strides=2, padding="same", use_bias=False, data_format=data_format, name="up")(inputs)
+    model = keras.Model(inputs, layers.BatchNormalization(axis=axis, name="norm")(x))
+    folded, report = check(model)
+    assert report.folded == {"norm": "BatchNormalization into the preceding layer"}
+    assert type(folded.get_layer("norm")) is layers.Identity and folded.get_layer("up").use_bias
+
+
+def u_net(norm, call=lambda layer, x: layer(x)):
+    inputs = keras.Input((16, 16, 3), name="image")
+
+    def block(x, convolution, name):
+        return call(layers.ReLU(), call(norm(name=name), call(convolution, x)))
+
+    skip = block(inputs, layers.Conv2D(8, 3, padding="same", use_bias=False), "skip")
+    x = block(skip, layers.Conv2D(16, 3, strides=2, padding="same", use_bias=False), "down")
+    x = block(x, layers.Conv2DTranspose(8, 3, strides=2, padding="same", use_bias=False), "up")
+    return keras.Model(inputs, layers.Conv2D(2, 1, name="mask")(call(layers.Concatenate(), [x, skip])))
+
+
+@pytest.mark.parametrize("norm", [layers.BatchNormalization, lambda name: kp.GroupNormProxy(4, name=name)])
+def test_a_decoder_folds_whole(norm):
+    folded, report = check(u_net(norm))
+    assert len(report.folded) == 3
+    kinds = {type(folded.get_layer(name)) for name in ("skip", "down", "up")}
+    assert kinds == ({layers.Identity} if norm is layers.BatchNormalization else {FoldedNormalization})
+
+
+def gated_model(call, taken=()):
+    inputs = keras.Input((8, 8, 8), name="image")
+    x = call(kp.GroupNormProxy(4, activation="silu", name="norm"), inputs)
+    gate = call(layers.GlobalAveragePooling2D(keepdims=True), x)
+    gate = call(layers.Conv2D(8, 1, activation="sigmoid", name="gate"), gate)
+    y = call(layers.Conv2D(4, 1, name="project"), call(layers.Multiply(name="product"), [x, gate]))
+    for name in taken:
+        y = call(layers.Activation("tanh", name=name), y)
+    return randomize(keras.Model(inputs, y))
+
+
+@pytest.mark.parametrize("through_gates", [True, False])
+def test_calls_by_keyword(through_gates):
+    by_keyword = gated_model(lambda layer, x: layer(inputs=x))
+    by_position = gated_model(lambda layer, x: layer(x))
+    by_keyword.set_weights(by_position.get_weights())
+    (folded, report), (other, expected) = (fold_with_report(x, through_gates) for x in (by_keyword, by_position))
+    assert report.absorbed == expected.absorbed and report.folded == expected.folded
+    assert ("project_offset" in [layer.name for layer in folded.layers]) == through_gates
+    assert_equal(folded, by_keyword, sample(by_keyword))
+    assert_equal(folded, other, sample(by_keyword))
+    by_keyword = u_net(layers.BatchNormalization, lambda layer, x: layer(inputs=x))
+    assert len(check(by_keyword)[1].folded) == 3
+
+
+def test_what_a_gate_adds_gets_names_that_are_free():
+    model = gated_model(lambda layer, x: layer(x), taken=("project_offset", "project_with_offset"))
+    folded, report = fold_with_report(model, through_gates=True)
+    assert {"project_offset_1", "project_with_offset_1"} <= {layer.name for layer in folded.layers}
+    assert report.warnings == ()
+    assert_equal(folded, model, sample(model))

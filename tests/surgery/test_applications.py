@@ -1,5 +1,6 @@
 """Every model of keras.applications: what is in it, that surgery is exact, and that the result trains and loads."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -19,7 +20,10 @@ from surgery.stand_ins import randomize
 import keras_proxynorm as kp
 from keras_proxynorm.graph.activation_nodes import describe_activation
 from keras_proxynorm.graph.reading import read_graphs
-from keras_proxynorm.surgery.planning import make_plan
+from keras_proxynorm.surgery.new_layers import Options
+from keras_proxynorm.surgery.new_layers import make_layer
+from keras_proxynorm.surgery.planning import hidden_normalizations
+from keras_proxynorm.surgery.planning import plan
 from keras_proxynorm.surgery.targets import Target
 
 # For each constructor: batch normalizations whose output is read by one activation, by several equal ones, by an
@@ -46,12 +50,13 @@ def make(name, **kwargs):
 
 def survey(model):
     """The row of a model in the survey."""
-    plan = make_plan(
-        read_graphs(model),
+    graphs, target = read_graphs(model), Target("group_norm_proxy", {})
+    decisions = plan(
+        graphs,
         lambda path, layer: isinstance(layer, keras.layers.BatchNormalization),
-        Target("group_norm_proxy", {}),
+        target,
+        functools.partial(make_layer, target, Options(32, 4, None, True)),
     )
-    decisions = plan.decisions.values()
     batch_norms = [x.layer for x in decisions if isinstance(x.layer, keras.layers.BatchNormalization)]
     kinds = Counter(
         {"plain": "lone", "split": "mixed", "left alone": "layer_norm"}.get(
@@ -59,7 +64,7 @@ def survey(model):
         )
         for decision in decisions
     )
-    assert plan.hidden == {}
+    assert hidden_normalizations(graphs) == {}
     assert all(layer.center for layer in batch_norms)
     return {
         **{kind: kinds[kind] for kind in TOTALS},

@@ -1,0 +1,168 @@
+"""Cloning models with operations rewritten, each rule of `Rewrite` by itself."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras import ops
+from surgery.stand_ins import assert_same_outputs
+from surgery.stand_ins import image
+from surgery.stand_ins import nested
+from surgery.stand_ins import outputs
+from surgery.stand_ins import small_model
+
+from keras_proxynorm.graph.reading import read_graphs
+from keras_proxynorm.graph.rewriting import Rewrite
+from keras_proxynorm.graph.rewriting import clone
+
+
+def nothing_to_carry(source, new):
+    return ()
+
+
+def find(model, name):
+    for graph in read_graphs(model):
+        for operation in graph.operations:
+            if operation.name == name:
+                return operation
+    raise KeyError(name)
+
+
+def scaled(factor, name):
+    return layers.Rescaling(factor, name=name)
+
+
+@pytest.mark.parametrize("make", [small_model, nested])
+def test_without_rewrites_a_clone_is_the_same_model(make):
+    model = make()
+    cloned = clone(read_graphs(model))
+    assert cloned.replaced == {} and cloned.notes == []
+    assert [layer.name for layer in cloned.model.layers] == [layer.name for layer in model.layers]
+    assert not {id(w) for w in cloned.model.weights} & {id(w) for w in model.weights}
+    assert_same_outputs(model, cloned.model, image(2, 8, 8, 3))
+    assert cloned.counterpart(model) is cloned.model
+
+
+def test_weights_may_stay_behind():
+    model = small_model()
+    fresh = clone(read_graphs(model), weights=False).model
+    assert np.abs(outputs(fresh, image(1, 8, 8, 3))[0] - outputs(model, image(1, 8, 8, 3))[0]).max() > 0
+
+
+def test_an_operation_becomes_another_layer():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Activation("relu", name="b")(scaled(2.0, "a")(inputs)))
+    old = model.get_layer("a")
+    cloned = clone(read_graphs(model), [Rewrite(old, lambda: scaled(3.0, "new"), nothing_to_carry)])
+    (new,) = cloned.replaced[old]
+    assert new.name == "new" and cloned.counterpart(old) is new and old not in cloned.layers
+    assert [layer.name for layer in cloned.model.layers[1:]] == ["new", "b"]
+    np.testing.assert_array_equal(outputs(cloned.model, np.ones((1, 4)))[0], 3)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_reads_and_what_is_read_may_be_absorbed(sequential):
+    parts = [scaled(2.0, "before"), scaled(3.0, "source"), scaled(5.0, "after"), scaled(7.0, "end")]
+    if sequential:
+        model = keras.Sequential([keras.Input((4,)), *parts])
+    else:
+        x = inputs = keras.Input((4,))
+        for part in parts:
+            x = part(x)
+        model = keras.Model(inputs, x)
+    before, source, after, _ = parts
+    rewrite = Rewrite(source, lambda: scaled(30.0, "all"), nothing_to_carry, absorbs=(after,), preceding=before)
+    cloned = clone(read_graphs(model), [rewrite]).model
+    assert [layer.name for layer in cloned.layers if layer.name in "before source all after end"] == ["all", "end"]
+    assert type(cloned) is type(model) and cloned.get_layer("all").output is not None
+    np.testing.assert_array_equal(outputs(cloned, np.ones((1, 4)))[0], 210)
+
+
+def test_several_rewrites_for_several_ways_of_reading():
+    inputs = keras.Input((4,))
+    x = scaled(2.0, "source")(inputs)
+    first, second = scaled(3.0, "first"), scaled(3.0, "second")
+    model = keras.Model(inputs, [first(x), second(x), scaled(7.0, "other")(x), x])
+    source = model.get_layer("source")
+    rewrites = [
+        Rewrite(source, lambda: scaled(6.0, "both"), nothing_to_carry, absorbs=(first, second)),
+        Rewrite(source, lambda: scaled(2.0, "alone"), nothing_to_carry),
+        # It is absorbed, and has a name that an output needs.
+        Rewrite(second, lambda: layers.Identity(name="second"), nothing_to_carry),
+    ]
+    cloned = clone(read_graphs(model), rewrites)
+    assert [layer.name for layer in cloned.replaced[source]] == ["both", "alone"]
+    assert [float(y[0, 0]) for y in outputs(cloned.model, np.ones((1, 4)))] == [6, 6, 14, 2]
+    assert cloned.model.output_names[1] == "second"
+
+
+def test_a_shared_activation_is_absorbed_only_where_it_reads_the_source():
+    inputs = keras.Input((4,))
+    relu = layers.ReLU(name="relu")
+    x = relu(scaled(2.0, "source")(relu(inputs)))
+    model = keras.Model(inputs, scaled(1.0, "end")(x))
+    source = model.get_layer("source")
+    cloned = clone(read_graphs(model), [Rewrite(source, lambda: scaled(5.0, "new"), nothing_to_carry, (relu,))]).model
+    assert len(cloned.get_layer("relu")._inbound_nodes) == 1
+    np.testing.assert_array_equal(outputs(cloned, -np.ones((1, 4)))[0], 0)
+
+
+def test_a_rewrite_may_read_further_tensors_and_be_several_layers():
+    inputs = keras.Input((4,))
+    gate = scaled(3.0, "gate")(inputs)
+    x = scaled(2.0, "source")(layers.Multiply(name="product")([inputs, gate]))
+    model = keras.Model(inputs, layers.Add(name="sum")([x, gate]))
+    add = layers.Add(name="with_gate")
+    rewrite = Rewrite(
+        model.get_layer("source"),
+        lambda: (scaled(2.0, "source"), add),
+        nothing_to_carry,
+        reads=(gate,),
+        call=lambda pair, x, gate: pair[1]([pair[0](x), gate]),
+    )
+    cloned = clone(read_graphs(model), [rewrite]).model
+    np.testing.assert_array_equal(outputs(cloned, np.ones((1, 4)))[0], 2 * 3 + 3 + 3)
+
+
+def test_rewrites_reach_into_nested_models_and_carry_their_notes():
+    model = nested()
+    norm = find(model, "conv_bn")
+
+    def carry(source, new):
+        new.set_weights(source.get_weights())
+        return ["a note"]
+
+    make = lambda: layers.BatchNormalization(name="other", epsilon=norm.epsilon)  # noqa: E731
+    cloned = clone(read_graphs(model), [Rewrite(norm, make, carry)])
+    assert cloned.notes == ["a note"]
+    assert cloned.model.get_layer("small").get_layer("other") is cloned.replaced[norm][0]
+    assert_same_outputs(model, cloned.model, image(2, 8, 8, 3))
+
+
+def test_arguments_that_the_new_layer_does_not_know_are_left_out():
+    steps, mask = keras.Input((5, 8)), keras.Input((5,), dtype="bool")
+    norm = layers.BatchNormalization(name="norm")
+    model = keras.Model([steps, mask], norm(steps, mask=mask, training=False))
+    rewrite = Rewrite(norm, lambda: layers.Identity(name="norm"), nothing_to_carry)
+    cloned = clone(read_graphs(model), [rewrite]).model
+    x = np.ones((1, 5, 8), "float32")
+    np.testing.assert_array_equal(ops.convert_to_numpy(cloned([x, np.ones((1, 5), bool)])), x)
+
+
+class OverridesCall(keras.Model):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+class OverridesCallWithArguments(OverridesCall):
+    def __init__(self, *args, factor=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_a_model_that_overrides_call_keeps_its_class_or_is_refused():
+    source = small_model()
+    model = OverridesCall(source.input, source.output)
+    assert type(clone(read_graphs(model)).model) is OverridesCall
+    assert_same_outputs(model, clone(read_graphs(model)).model, image(1, 8, 8, 3))
+    with pytest.raises(ValueError, match="cannot be cloned.*a model that overrides `call`"):
+        clone(read_graphs(OverridesCallWithArguments(source.input, source.output)))
