@@ -1,11 +1,11 @@
-"""Puts the tables of docs/accuracy.md, and the plots in docs/accuracy/, in line with what was measured.
+"""Writes the tables of docs/accuracy.md and the plots in docs/accuracy/ from the results.
 
     python3 -m pip install -e ".[examples,plots]"
     python3 benchmarks/accuracy_report.py
 
 takes seconds. It reads what `accuracy.py`, `finetuning.py`, `proxy_distance.py` and `replaced_accuracy.py` write to
-results/. A table is what stands between `<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation
-are over the runs with the learning rate that was chosen; behind them is the number of runs.
+results/, and replaces the text between `<!-- table NAME -->` and `<!-- end -->`. Mean and sample standard deviation are
+over the runs with the chosen learning rate; the number of runs follows in parentheses.
 """
 
 import re
@@ -24,7 +24,7 @@ from measurement import read_rows
 
 PAGE = ROOT / "docs" / "accuracy.md"
 PLOTS = ROOT / "docs" / "accuracy"
-# With it the study also compares, because rates that are chosen by one seed are noisy.
+# A rate for all, at which the study also compares, because rates chosen with one seed are noisy.
 STUDY_RATE = 0.03
 LABELS = {
     "batch_norm": "BN",
@@ -44,24 +44,24 @@ WAY_LABELS = {"copied": "as it is", "compensate": "`compensate=True`", "calibrat
 
 
 def label(normalization):
-    """What a normalization is called in tables."""
+    """The name of a normalization in tables."""
     name, _, arguments = normalization.partition(":")
     return f"{LABELS.get(name, name)}, `{arguments.replace(',', ', ')}`" if arguments else LABELS.get(name, name)
 
 
 def accuracies(configuration, results):
-    """The test accuracies in percent with the learning rate that was chosen; none if it is not done."""
+    """The test accuracies in percent with the chosen learning rate; none if it is not chosen yet."""
     return [100 * results[run].test_accuracy for run in chosen_runs(configuration, SEEDS, results)]
 
 
 def chosen_rate(configuration, results):
-    """The learning rate that was chosen, as it stands in a table."""
+    """The chosen learning rate, as text."""
     runs = chosen_runs(configuration, SEEDS, results)
     return f"{runs[0].learning_rate:g}" if runs else "-"
 
 
 def accuracies_at(configuration, rate, results):
-    """Those with a given learning rate, of all seeds; none if there are too few."""
+    """The test accuracies in percent with a given learning rate; none if seeds are missing."""
     values = [100 * result.test_accuracy for run, result in results.items() if run[:2] == (configuration, rate)]
     return values if len(values) >= len(SEEDS) else []
 
@@ -72,21 +72,21 @@ def stddev(values):
 
 
 def entry(values):
-    """What stands for some accuracies in a table."""
+    """Mean, standard deviation and number of accuracies, as text."""
     if not values:
         return "-"
-    spread = f" ± {stddev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread} ({len(values)})"
+    deviation = f" ± {stddev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation} ({len(values)})"
 
 
 def table(header, rows):
-    """Markdown."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main_configurations(dataset):
-    """Those of the table of a dataset: by network, normalization and batch size."""
+    """The configurations in the table of a dataset, by network, normalization and batch size."""
     sizes = accuracy.DATASETS[dataset]
     return {
         (network, normalization, batch_size): accuracy.Configuration(
@@ -115,7 +115,7 @@ def accuracy_table(dataset, results):
 
 
 def rates_table(results):
-    """The learning rates that were chosen, of those that were tried, for batches of 64."""
+    """The chosen learning rates, for batches of 64, and how many were tried."""
     batch_sizes = sorted(accuracy.BATCH_SIZES)
 
     def rate(configuration):
@@ -134,10 +134,10 @@ def rates_table(results):
 
 
 def study_table(results):
-    """What else was measured: other arguments of a normalization, other numbers of images."""
+    """Test accuracy with other arguments of a normalization and other numbers of images."""
     main = {configuration for dataset in accuracy.DATASETS for configuration in main_configurations(dataset).values()}
     others = {run.configuration for run in results} - main
-    # Each beside what it is compared with.
+    # What each is compared with.
     base = {
         other._replace(normalization=normalization)
         for other in others
@@ -166,14 +166,14 @@ def study_table(results):
 
 
 def finetuning_configurations(results):
-    """Those of the file, in the order of the script."""
+    """The configurations of the file, in the order of the script."""
     order = {name: i for i, name in enumerate((*finetuning.NETWORKS, *finetuning.NORMALIZATIONS))}
     configurations = {run.configuration for run in results}
     return sorted(configurations, key=lambda c: (c.epochs, order.get(c.network, 99), order.get(c.normalization, 99)))
 
 
 def finetuning_table(results):
-    """Test accuracies in percent after fine-tuning."""
+    """Test accuracy in percent after fine-tuning."""
     rows = []
     for configuration in finetuning_configurations(results):
         if chosen_runs(configuration, SEEDS, results):
@@ -191,7 +191,7 @@ def finetuning_table(results):
 
 
 def proxies_table(results):
-    """How far proxies are from the data, by configuration: means over the seeds."""
+    """Distances of proxies from the data, by configuration: means over the seeds."""
     order = {name: i for i, name in enumerate(proxy_distance.NORMALIZATIONS)}
     configurations = {run.configuration for run in results}
     columns = ("mean_distance", "largest_mean_distance", "stddev_ratio", "largest_stddev_ratio")
@@ -215,7 +215,7 @@ def proxies_table(results):
 
 
 def replaced_table(rows):
-    """Test accuracies in percent when the normalization has been replaced, by way to do so."""
+    """Test accuracy in percent after the normalization is replaced, by way to do so."""
 
     def cell(network, normalization, way):
         asked = {"network": network, "normalization": normalization, "way": way}
@@ -257,7 +257,7 @@ def measured_tables():
 
 
 def with_tables(text, tables):
-    """The text of the page with these tables in the place of those that it has."""
+    """Replaces the tables in the text of the page."""
 
     def replace(match):
         return f"{match[1]}\n{tables[match[2]]}{match[3]}"
@@ -266,7 +266,7 @@ def with_tables(text, tables):
 
 
 def plot(dataset, results):
-    """Accuracy against batch size, a panel for each network."""
+    """Plots accuracy against batch size, with a panel for each network."""
     import matplotlib.pyplot as plt
 
     networks = accuracy.DEFAULT_NETWORKS[dataset]
@@ -287,7 +287,7 @@ def plot(dataset, results):
                 # Next to each other, so that error bars can be told apart.
                 x = [size * 2 ** (0.12 * (i - 2.5)) for size in found]
                 style = "--" if normalization in ("group_norm", "layer_norm", "none") else "-"
-                # With the colour of what PN is put on.
+                # A normalization has the same colour with and without PN.
                 color = {"group_norm": 1, "layer_norm": 2, "batch_norm": 0, "none": 7}[
                     normalization.removesuffix("_proxy")
                 ]

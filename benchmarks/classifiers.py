@@ -146,7 +146,7 @@ def split(images, test, sizes, scale=None, seed=0):
         test: `Images` to test with.
         sizes: `Sizes` of the parts.
         scale: As in `standardize`.
-        seed: Of what is drawn.
+        seed: Of the draw.
     """
     train, held_out = train_test_split(
         np.arange(len(images.labels)),

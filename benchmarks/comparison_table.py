@@ -126,7 +126,7 @@ def make_table(comparison, costs):
 
 
 def measured_table():
-    """The table of what was measured last, as far as the names of the files, which have versions in them, tell."""
+    """The table of the committed results; of several files of costs, that with the highest versions."""
     costs = sorted((ROOT / "benchmarks" / "results").glob("normalization_cost-*.csv"))[-1]
     return make_table(read_rows(COMPARISON), read_rows(costs))
 

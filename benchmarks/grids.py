@@ -158,7 +158,7 @@ def chosen_runs(configuration, seeds, results):
 
 
 def count_missing(configuration, seeds, results, rate=None):
-    """How many runs a configuration lacks, as far as is known: rates that the search tries later are not counted."""
+    """Counts the missing runs of a configuration, without rates that the search may try later."""
     searching = rate is None and rates_to_try(configuration, seeds[0], results)
     return len(next_runs(configuration, seeds, results, rate)) + (len(seeds) - 1 if searching else 0)
 

@@ -24,7 +24,7 @@ __all__ = [
 def medians_in_turns(contenders, repeats, warm_up=3):
     """Median seconds of each of several functions, called in turns so that a noisy machine is noisy for all.
 
-    Each turn has its own order, because a function also runs as fast as the memory that the one before it left behind.
+    Each turn has its own order, because the preceding function determines the state of caches and memory.
 
     Args:
         contenders: Dict of functions without arguments.

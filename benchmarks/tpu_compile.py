@@ -237,7 +237,7 @@ def main():
                 measured.append(key)
                 write_results(output, results)
                 print_row(results, key)
-    print(f"\nThe figure behind each number of MB is its ratio to batch norm's. Written to {output}.")
+    print(f"\nThe figure after each number of MB is its ratio to batch norm's. Written to {output}.")
     too_much = excesses({key: results[key] for key in results if key in measured or key[2] == "batch_norm"})
     if too_much:
         sys.exit("\n" + "\n".join(too_much))

@@ -10,8 +10,8 @@ Each process uses all devices of its machine, and takes its share of every batch
 process: the way to go for several GPUs in one machine. Instead of arguments it takes Keras's environment variables,
 KERAS_DISTRIBUTION_JOB_ADDRESSES, KERAS_DISTRIBUTION_NUM_PROCESSES and KERAS_DISTRIBUTION_PROCESS_ID.
 
-The normalizations look at one sample at a time, so they are the same however the samples are spread over devices. Only
-gradients are summed over devices, as for a network without normalization.
+The normalizations compute statistics of one sample at a time, so how samples are distributed over devices makes no
+difference. Only gradients are summed over devices, as for a network without normalization.
 
 The data (1797 grey images of 8x8 pixels) comes with scikit-learn; nothing is downloaded. Two local processes on two
 cores take less than a minute.
@@ -29,9 +29,9 @@ import sys
 import time
 from pathlib import Path
 
-# TensorFlow, which Keras may load for its tools, reads it when it is imported: errors only.
+# Read when TensorFlow is imported, which Keras may do for its tools: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Whatever else the user trains with: of the backends of Keras, it is JAX that trains on several machines.
+# Whatever the user's default is: of Keras's backends, only JAX trains on several machines.
 os.environ["KERAS_BACKEND"] = "jax"
 
 if not importlib.util.find_spec("jax"):
@@ -59,7 +59,7 @@ ENVIRONMENT = {
 
 
 class ShareOfBatches(keras.utils.PyDataset):
-    """Of every batch the part that is for this process; all processes shuffle alike, so that the parts fit together."""
+    """The part of every batch that is for this process. All processes shuffle alike, so that the parts fit together."""
 
     def __init__(self, images, labels, batch_size, process_id, processes, seed):
         super().__init__()
@@ -70,7 +70,7 @@ class ShareOfBatches(keras.utils.PyDataset):
         self.on_epoch_end()
 
     def __len__(self):
-        # Whole batches: a process that takes a step more than the others would wait for them.
+        # Full batches only: a process with a step more than the others would wait for them.
         return len(self.images) // self.batch_size
 
     def __getitem__(self, index):
@@ -110,7 +110,7 @@ def train(dataset, epochs, verbose):
     rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * len(dataset))
     optimizer = keras.optimizers.AdamW(rate, weight_decay=1e-2)
     model.compile(
-        # Kernels and proxies decay, scales and offsets do not.
+        # Kernels and proxies decay, gamma and beta do not.
         optimizer=exclude_norm_from_weight_decay(optimizer, model),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
@@ -122,7 +122,7 @@ def train(dataset, epochs, verbose):
 def digests_of_processes(weights):
     """A SHA-256 digest of the weights of each process, the same ones in all processes."""
     digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights)).digest()
-    # As numbers of 32 bits, because JAX makes others of those of 64.
+    # As 32-bit numbers, because by default JAX converts 64-bit ones to these.
     gathered = multihost_utils.process_allgather(np.frombuffer(digest, "uint32"))
     return [row.tobytes().hex() for row in np.reshape(gathered, (jax.process_count(), -1))]
 
@@ -132,10 +132,10 @@ def run_process(arguments):
     name = f"Process {process_id} of {processes}"
     if processes > 1:
         print(f"{name}: waiting for all to reach {arguments.coordinator}", flush=True)
-        # For processes without an accelerator. With GPUs and TPUs JAX knows what to use.
+        # For processes without an accelerator; for GPUs and TPUs JAX chooses.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         keras.distribution.initialize(arguments.coordinator, processes, process_id)
-    # The same weights and batches everywhere.
+    # All processes draw the same weights and batches.
     keras.utils.set_random_seed(arguments.seed)
     train_images, test_images, train_labels, test_labels = load_data(arguments.seed)
 
@@ -155,9 +155,9 @@ def run_process(arguments):
         digests = digests_of_processes(weights)
         if len(set(digests)) > 1:
             sys.exit(f"{name}: the weights of the processes are not the same: {', '.join(digests)}")
-        print(f"{name}: the weights are those of all others, bit for bit; SHA-256 {digests[process_id][:16]}...")
+        print(f"{name}: the weights are bitwise equal to those of all others; SHA-256 {digests[process_id][:16]}...")
     if process_id == 0:
-        # Out of the distribution, this is a model like any other, on one device.
+        # Outside of the distribution's scope, this is a model on one device.
         model = build_model()
         model.set_weights(weights)
         accuracy = np.mean(model.predict(test_images, verbose=0).argmax(axis=-1) == test_labels)
@@ -183,7 +183,7 @@ def run_locally(arguments):
         for process_id in range(arguments.local):
             options = [*map(str, command), "--process-id", str(process_id)]
             processes.append(subprocess.Popen(options, env=environment))
-        # Until one fails: the others would wait for it, and for minutes.
+        # Stop when one fails, because the others would wait for it for minutes.
         while not any(statuses := [process.poll() for process in processes]) and None in statuses:
             time.sleep(0.1)
         return next(filter(None, statuses), 0)
@@ -258,7 +258,7 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     if arguments.local is not None:
-        # Ends as it does with Ctrl-C, that is, together with the processes.
+        # End as with Ctrl-C, together with the processes.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         sys.exit(run_locally(arguments))
     run_process(arguments)

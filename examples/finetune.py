@@ -7,9 +7,9 @@
 A small MobileNet learns half of the classes, at batch size 32, and is saved. Loaded again, it learns the other half
 from a few images of each class, two images at a time:
 
-- "BN": with its batch normalization, whose statistics come from two images.
-- "BN frozen": the usual advice. Its batch normalization keeps the statistics, scales and offsets of the pretraining.
-- "GN+PN": with `keras_proxynorm.replace_normalization`, which has no statistics of batches.
+- "BN": with batch norm, whose statistics come from two images.
+- "BN frozen": the usual advice. Batch norm keeps the statistics, gamma and beta of the pretraining.
+- "GN+PN": after `keras_proxynorm.replace_normalization`, without statistics of batches.
 
 By default the data are the handwritten digits that come with scikit-learn (1797 images of 8x8 pixels, enlarged): 0 to
 4, then 5 to 9. Nothing is downloaded. It takes two to three minutes on two cores.
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if not importlib.util.find_spec("sklearn"):
@@ -40,14 +40,14 @@ from sklearn.model_selection import train_test_split
 from keras_proxynorm import replace_normalization
 
 PRETRAINING_BATCH_SIZE = 32
-# Not fewer: the moving averages of batch normalization keep 0.99 of what they were in each step, and start far off.
+# With fewer, the moving averages of batch norm, whose momentum is 0.99, are still near their initial values.
 PRETRAINING_STEPS = 900
 PRETRAINING_RATE = 3e-3
 BATCH_SIZE = 2
-# The best for "BN frozen" and for "GN+PN" alike, of those tried. "BN" fails with all of them.
+# Of those tried, the best for "BN frozen" and for "GN+PN". "BN" fails with all of them.
 LEARNING_RATE = 1e-3
 LARGEST_DIFFERENCE = 1e-4
-# The accuracy must be so many times that of the most frequent class.
+# The accuracy must be this many times the share of the most frequent class.
 LOWEST_GAIN = 1.5
 
 
@@ -62,7 +62,7 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of one contender."""
+    """What was measured of one contender."""
 
     model: keras.Model
     old_accuracy: float
@@ -88,7 +88,7 @@ def load_folder(folder, size):
 
 
 def make_task(images, labels, names, classes, seed, **split):
-    """Those images that belong to `classes`, split into training and test."""
+    """The images of `classes`, split into training and test images."""
     chosen = np.isin(labels, classes)
     new_labels = np.searchsorted(classes, labels[chosen])
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -98,7 +98,7 @@ def make_task(images, labels, names, classes, seed, **split):
 
 
 def make_tasks(images, labels, names, images_per_class, seed):
-    """The first half of the classes, to pretrain on, and the second half, with few images to train on."""
+    """The first half of the classes, for pretraining, and the second half, with few training images."""
     old, new = np.array_split(np.arange(len(names)), 2)
     few = images_per_class * len(new)
     return (
@@ -136,7 +136,7 @@ def pretrain(model, task):
 
 
 def finetune(model, task, epochs, seed):
-    """Trains with two images at a time; returns the seconds that it took to start, and the milliseconds of a step."""
+    """Trains with two images at a time; returns the seconds it took to start and the milliseconds of a step."""
     dataset = tf.data.Dataset.from_tensor_slices((task.train_images, task.train_labels))
     # Shuffled here, not by `fit`, so that all contenders see the images in the same order.
     dataset = dataset.shuffle(len(task.train_images), seed=seed).batch(BATCH_SIZE)
@@ -151,7 +151,7 @@ def finetune(model, task, epochs, seed):
 
 
 def predict(model, images):
-    # Not `model.predict`, which would build a graph for every model, and that takes longer.
+    # Not `model.predict`: to build a graph for each model takes longer.
     batches = np.array_split(images, -(-len(images) // 256))
     return np.concatenate([keras.ops.convert_to_numpy(model(batch, training=False)) for batch in batches])
 
@@ -165,8 +165,8 @@ def keep_batch_norm(model):
 
 
 def freeze_batch_norm(model):
-    # `trainable = False` is what makes these layers use their moving averages in training. To call a backbone with
-    # `training=False` is not enough: inside of a model, `fit` overrides it.
+    # With `trainable = False` these layers use their moving averages in training, too. To call a backbone with
+    # `training=False` is not enough, because `fit` overrides it inside of a model.
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.trainable = False
@@ -174,7 +174,7 @@ def freeze_batch_norm(model):
 
 
 def replace_batch_norm(model):
-    # Compensated, because the weights come from a model without proxy normalization.
+    # Compensated, because the weights were trained without proxy normalization.
     model, report = replace_normalization(model, compensate=True, return_report=True)
     print(report)
     return model

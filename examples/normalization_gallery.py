@@ -1,14 +1,14 @@
-"""Shows what each normalization does to ResNet50V2 and EfficientNetB0, untrained, before anybody waits for an epoch.
+"""Shows what each normalization does to untrained ResNet50V2 and EfficientNetB0.
 
     pip install "keras_proxynorm[examples,plots]"
     python normalization_gallery.py
     python normalization_gallery.py --images FOLDER --model model.keras  # your own
     python normalization_gallery.py --output docs/figures --overwrite  # the figures of the documentation
 
-Each network is made with batch normalization and given others with `keras_proxynorm.replace_normalization`; scales and
-offsets are drawn at random, as training would move them, the same for all. The power of the normalized pre-activations,
-on real images, is then split into four terms, layer by layer: see `random_network.py`. The default images are crops of
-the two photographs that come with scikit-learn. It takes a minute on two cores.
+Each network is built with batch norm, which `keras_proxynorm.replace_normalization` replaces. Gamma and beta are drawn
+at random, as training would move them, and are the same for all. The power of the normalized pre-activations on real
+images is then split into four terms, layer by layer: see `random_network.py`. The default images are crops of the two
+photographs that come with scikit-learn. It takes a minute on two cores.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
@@ -61,7 +61,7 @@ def load_images(folder, size, count, seed):
 
 
 def randomize_affine(model, stddev, seed):
-    """Draws all scales and offsets of normalization layers."""
+    """Draws gamma and beta of all normalization layers."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         if weight.name in ("gamma", "beta"):
@@ -74,7 +74,7 @@ def measure(name, source, images):
     for norm, to in NORMALIZATIONS.items():
         start = time.perf_counter()
         model = source if to is None else replace_normalization(source, to=to)
-        # As in training, so that batch normalization normalizes by the batch; all images are one.
+        # In training mode, so that batch norm uses the statistics of the batch, which has all images.
         report = collapse_report(model, images, training=True, batch_size=len(images), verbose=0)
         results[norm] = report.power
         shares = "/".join(f"{share:.2f}" for share in report.power.fractions.mean(axis=0))
@@ -116,7 +116,7 @@ def parse_arguments():
     parser.add_argument("--model", type=Path, metavar="FILE", help="a .keras file; default: the two networks")
     parser.add_argument("--size", type=int, default=96, help="of the images, in pixels; default: 96")
     parser.add_argument("--count", type=int, default=32, help="of images; default: 32")
-    parser.add_argument("--stddev", type=float, default=0.2, help="of scales and offsets; 0: 1 and 0; default: 0.2")
+    parser.add_argument("--stddev", type=float, default=0.2, help="of gamma and beta; default: 0.2")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the crops; default: 0")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: a new temporary directory")
     parser.add_argument("--overwrite", action="store_true", help="replace files in the output directory")
@@ -149,7 +149,7 @@ def make_networks(arguments):
         yield model.name, model
         return
     for name in NETWORKS:
-        # Before any is measured.
+        # Checked before any is measured.
         output_files(arguments, name)
     for name, build in NETWORKS.items():
         keras.utils.set_random_seed(arguments.seed)
@@ -165,7 +165,7 @@ def main():
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, model in make_networks(arguments):
         files = output_files(arguments, name)
-        # EfficientNets scale their inputs themselves, the others want them around 0.
+        # EfficientNets scale their inputs themselves; the others expect values from -1 to 1.
         scaled = images if name.startswith("EfficientNet") or arguments.model is not None else images / 127.5 - 1
         results = measure(name, model, scaled)
         write_csv(files[0], results)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if not all(map(importlib.util.find_spec, ("sklearn", "onnxruntime"))):

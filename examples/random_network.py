@@ -5,16 +5,18 @@
     python random_network.py --images FOLDER  # your own images, in folders or not
     python random_network.py --output docs/figures --overwrite  # the figure of the documentation
 
-A network of 3x3 convolutions, each followed by a normalization and relu, with random weights, scales and offsets, is
-given real images. The power of the normalized pre-activations is split into four terms, layer by layer:
+A network of 3x3 convolutions, each followed by a normalization and relu, with random kernels, gamma and beta, gets real
+images. The power of the normalized pre-activations is split into four terms, layer by layer:
 
-- P1, the means of the channels. Near 1, channels are nearly constant: channel-wise collapse.
-- P2, how much these differ between images. P3, what varies within an image. P4, how much that differs between images.
+- P1: the squared channel means. Near 1, channels are nearly constant, which is channel-wise collapse.
+- P2: how much the means differ between images.
+- P3: the squared standard deviations within an image.
+- P4: how much the standard deviations differ between images.
 
-With layer normalization P1 goes to 1, at least as fast as it must in an infinitely wide network, and with group
-normalization nearly; with proxy normalization behind them it goes to 0, as with batch normalization. With instance
-normalization the channels have the same mean and deviation in all images: P2 and P4 are 0. The default images are the
-handwritten digits that come with scikit-learn. It takes a minute on two cores.
+With layer norm P1 goes to 1, at least as fast as the bound for an infinitely wide network; with group norm it goes to
+nearly 1. With proxy normalization after them it goes to 0, as with batch norm. With instance norm all images have the
+same channel means and standard deviations, so P2 and P4 are 0. The default images are the handwritten digits that come
+with scikit-learn. It takes a minute on two cores.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
@@ -43,13 +45,13 @@ from keras_proxynorm import GroupNormProxy
 from keras_proxynorm import LayerNormProxy
 from keras_proxynorm.diagnostics import power_decomposition
 
-# Those of the paper.
+# The values of the paper.
 GAMMA_STDDEV = BETA_STDDEV = 0.2
 GROUPS = 8
 
 
 class PeriodicPadding(layers.Layer):
-    """Continues images at one border with what is at the other, so that all pixels are alike."""
+    """Pads each border with the pixels of the opposite one, so that all pixels are alike."""
 
     def call(self, x):
         x = ops.concatenate([x[:, -1:], x, x[:, :1]], axis=1)
@@ -73,18 +75,18 @@ WEIGHT_STANDARDIZED = {"LN+WS"}
 
 
 def standardize(kernel):
-    """Weight standardization: filters with mean 0 and the variance that they were drawn with."""
+    """Standardizes filters to mean 0 and variance 1 / fan-in."""
     mean, stddev = kernel.mean(axis=(0, 1, 2)), kernel.std(axis=(0, 1, 2))
     return (kernel - mean) / stddev / np.sqrt(np.prod(kernel.shape[:3]))
 
 
 def constant(values):
-    """An initializer."""
+    """An initializer that gives these values."""
     return lambda shape, dtype=None: ops.convert_to_tensor(values, dtype)
 
 
 def build_network(norm, shape, depth, width, seed):
-    """The random network; the same weights, scales and offsets for each normalization."""
+    """The random network, with the same weights for each normalization."""
     rng = np.random.default_rng(seed)
     network, channels = [keras.Input(shape)], shape[-1]
     for _ in range(depth):
@@ -98,7 +100,7 @@ def build_network(norm, shape, depth, width, seed):
 
 
 def lower_bound(depth):
-    """The P1 that layer norm has at least, at each layer, if the network is infinitely wide."""
+    """The lower bound of P1 with layer norm, at each layer, in an infinitely wide network."""
     rho = (1 + GAMMA_STDDEV**2) / (1 + GAMMA_STDDEV**2 + BETA_STDDEV**2)
     return 1 - rho ** np.arange(depth)
 
@@ -122,7 +124,7 @@ def measure(images, depth, width, seed):
     for norm in NORMALIZATIONS:
         start = time.perf_counter()
         model = build_network(norm, images.shape[1:], depth, width, seed)
-        # As in training, so that batch normalization normalizes by the batch; all images are one.
+        # In training mode, so that batch norm uses the statistics of the batch, which has all images.
         results[norm] = power_decomposition(model, images, training=True, batch_size=len(images), verbose=0)
         shares = "/".join(f"{share:.2f}" for share in results[norm].fractions[-1])
         print(f"{norm:<10} P1/P2/P3/P4 at layer {depth}: {shares}   ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -151,7 +153,7 @@ def plot(file, results, depth):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     last = axes[-1, -1]
     last.set_axis_off()
-    # The dashed line is white on the dark of P1; in the legend it needs a dark ground, too.
+    # The dashed line is white, so the legend needs a dark background.
     legend = last.legend(
         [*handles[::-1], bound], [*labels[::-1], "lower bound of P1 for LN"], loc="center", frameon=True
     )

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-# Only to prove the point: from here on these cannot be imported. Leave the line out of a server of your own.
+# Proves that these are not needed: they cannot be imported from here on. A server of your own has no such line.
 sys.modules.update({"keras": None, "keras_proxynorm": None})
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,7 +29,7 @@ def load_saved_model(path):
 
     def run(inputs):
         tensors = {name: tf.constant(array) for name, array in inputs.items()}
-        # Not taken out of the model beforehand: a signature alone does not keep its variables alive.
+        # Looked up in each call, because a signature alone does not keep its variables alive.
         outputs = model.signatures["serving_default"](**tensors)
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 

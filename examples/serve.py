@@ -36,7 +36,7 @@ import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
-# TensorFlow reads it when it is imported: errors only.
+# Read when TensorFlow is imported: print errors only.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
@@ -62,10 +62,10 @@ def load_saved_model(version):
     ((name, spec),) = model.signatures["serving_default"].structured_input_signature[1].items()
 
     def run(images):
-        # TensorFlow itself does not look, and images of a wrong rank end the process.
+        # TensorFlow does not check, and images of a wrong rank would end the process.
         if not spec.shape.is_compatible_with(images.shape):
             raise ValueError(f"the model takes instances of shape {spec.shape}, not {images.shape}")
-        # Not taken out of the model beforehand: a signature alone does not keep its variables alive.
+        # Looked up in each call, because a signature alone does not keep its variables alive.
         (output,) = model.signatures["serving_default"](**{name: tf.constant(images)}).values()
         return output.numpy()
 
@@ -93,12 +93,12 @@ def load(artefact):
 
 
 class Predictor:
-    """What a replica runs. It gets there by value, so that nothing that this script imports goes along."""
+    """What a replica runs. Ray sends it by value, so that a replica imports nothing of this script."""
 
     def __init__(self, artefact):
-        # Only to prove the point: from here on these cannot be imported. Leave the line out of a server of your own.
+        # Proves that these are not needed: they cannot be imported from here on. A server of your own has no such line.
         sys.modules.update({"keras": None, "keras_proxynorm": None})
-        # TensorFlow reads them when it is imported. More throughput comes from more replicas.
+        # Read when TensorFlow is imported. For more throughput there are more replicas.
         os.environ.update(TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")
         self.run = load(artefact)
 
@@ -109,12 +109,12 @@ class Predictor:
             instances = (await request.json())["instances"]
             return {"predictions": self.run(np.array(instances, "float32")).tolist()}
         except Exception as error:
-            # Whatever it is, as in TensorFlow Serving: the replica itself is well and goes on.
+            # Any error is the request's, as in TensorFlow Serving; the replica continues.
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=400)
 
 
 class Answer(NamedTuple):
-    """What the server made of one of the images."""
+    """The server's answer to one of the images."""
 
     index: int
     seconds: float
@@ -122,7 +122,7 @@ class Answer(NamedTuple):
 
 
 def import_ray():
-    # Ray reads it when it starts.
+    # Read when Ray starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -137,7 +137,7 @@ def serving(artefact, port, replicas):
     """Serves a model as long as the body runs; gives the URL to send requests to."""
     ray = import_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # A line for each request would take longer than a small model.
+    # To log each request would take longer than a small model.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     path = f"/v1/models/{NAME}:predict"
     try:
@@ -163,7 +163,7 @@ def request_body(image):
 
 
 def send_images(url, bodies, first, stop):
-    """Sends one image after the other, each when the one before is answered, until `stop` is set."""
+    """Sends images one after the other, each after the answer to the preceding one, until `stop` is set."""
     parts = urllib.parse.urlsplit(url)
     answers = []
     with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=30)) as connection:
@@ -181,7 +181,7 @@ def send_images(url, bodies, first, stop):
 
 
 def run_load(url, bodies, clients, seconds):
-    """Answers to concurrent clients, which begin at different images, and the seconds that it took."""
+    """Runs concurrent clients, which begin at different images; returns the answers and the elapsed seconds."""
     stop = threading.Event()
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
@@ -195,7 +195,7 @@ def run_load(url, bodies, clients, seconds):
 
 
 def measure(url, images, labels, logits, clients, seconds):
-    """Puts load on a server, prints how it does, and exits if an answer is wrong."""
+    """Measures a server under load, prints the figures, and exits if an answer is wrong."""
     bodies = [request_body(image) for image in images]
     try:
         # The first calls compile and allocate.
@@ -222,7 +222,7 @@ def measure(url, images, labels, logits, clients, seconds):
 
 
 def train_and_export(directory, train_images, train_labels, test_images):
-    """The directory of a SavedModel, and the logits of the Keras model that it comes from."""
+    """Trains and exports; returns the directory of the SavedModel and the logits of the Keras model."""
     print(f"Training on {len(train_images)} images:")
     model = build_model()
     train(model, train_images, train_labels, EPOCHS)
@@ -230,7 +230,7 @@ def train_and_export(directory, train_images, train_labels, test_images):
 
 
 def run_directly(artefact, images):
-    """The logits without a server, from one image after the other."""
+    """The logits of a model that is run here, image by image."""
     try:
         run = load(artefact)
         return np.concatenate([run(image[np.newaxis]) for image in images])
@@ -248,7 +248,7 @@ def find_artefact(path):
 
 
 def free_port(port):
-    """The port, or any that is free for 0; raises an OSError if it is taken."""
+    """The port, or a free one for 0; raises an OSError if it is taken."""
     with socket.create_server((HOST, port)) as server:
         return server.getsockname()[1]
 
@@ -300,7 +300,7 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     if arguments.url is None:
-        import_ray()  # now, not after the training
+        import_ray()  # so that a missing package is reported before the training
     keras.utils.set_random_seed(arguments.seed)
     train_images, images, train_labels, labels = load_data(arguments.seed)
 

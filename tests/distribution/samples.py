@@ -29,7 +29,7 @@ def data():
 
 
 def model(normalizations):
-    """Convolutions, each with one of the normalizations behind it, compiled, with the same weights each time.
+    """Builds and compiles convolutions, each followed by a normalization, with the same weights each time.
 
     Momentum and not Adam: where a gradient is small, the step of Adam is the sign of it, which rounding can change.
     """

@@ -152,7 +152,7 @@ def test_a_failure_stops_all_processes(distributed, monkeypatch, tmp_path):
 
 
 def digests(output):
-    return re.findall(r"bit for bit; SHA-256 (\w{16})", output)
+    return re.findall(r"bitwise equal to those of all others; SHA-256 (\w{16})", output)
 
 
 def accuracy(output):
