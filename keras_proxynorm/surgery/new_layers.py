@@ -82,12 +82,10 @@ def _activity_regularizer(decision, with_activation):
 def rewrites(decisions: Iterable[Decision], copies: bool) -> Iterator[Rewrite]:
     """What becomes of the operations of a model by some decisions."""
     for decision in decisions:
-        linear = () if decision.linear is None else (decision.linear,)
+        carry = functools.partial(_carry, decision, copies)
         for layer in decision.new_layers:
-            absorbs = (*linear, *decision.absorbed) if layer is decision.activated else linear
-
-            make = functools.partial(_identity, layer)
-            yield Rewrite(decision.layer, make, functools.partial(_carry, decision, copies), absorbs)
+            absorbs = decision.absorbed if layer is decision.activated else ()
+            yield Rewrite(decision.layer, functools.partial(_identity, layer), carry, absorbs, decision.linear)
         for activation in decision.renamed:
             dtype = dtype_of(decision.outermost)
             make = functools.partial(keras.layers.Identity, name=activation.name, dtype=dtype)
