@@ -40,4 +40,4 @@ def inference_model(model: keras.Model, form: str, through_gates: bool = False) 
             stacklevel=3,
         )
         return model, "nothing"
-    return folded, "\n".join(report.summary())
+    return folded, report.summary()

@@ -162,7 +162,7 @@ def _with_float16_kernels(model, fold):
         value = keras.ops.convert_to_numpy(weight)
         if value.ndim > 1 and value.dtype == "float32" and np.all(np.abs(value) <= np.finfo("float16").max):
             weight.assign(value.astype("float16"))
-    return folded, "\n".join(report.summary())
+    return folded, report.summary()
 
 
 def _describe(proto, folded):

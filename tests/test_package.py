@@ -14,6 +14,7 @@ import keras_proxynorm
 import keras_proxynorm.baselines
 import keras_proxynorm.diagnostics
 import keras_proxynorm.export
+import keras_proxynorm.surgery
 import keras_proxynorm.training
 
 PACKAGES = (
@@ -21,6 +22,7 @@ PACKAGES = (
     keras_proxynorm.baselines,
     keras_proxynorm.diagnostics,
     keras_proxynorm.export,
+    keras_proxynorm.surgery,
     keras_proxynorm.training,
 )
 MODULES = sorted(
@@ -35,6 +37,34 @@ def test_public_names():
     for package in PACKAGES:
         for name in package.__all__:
             assert inspect.getdoc(getattr(package, name)), name
+
+
+def public_callables():
+    """The public functions, the constructors of the public classes, and the methods that these add to Keras's."""
+    for package in PACKAGES:
+        for name in package.__all__:
+            value = getattr(package, name)
+            if not inspect.isclass(value):
+                yield f"{package.__name__}.{name}", value
+                continue
+            known = {method for base in value.__mro__ if base.__module__.startswith("keras.") for method in vars(base)}
+            for method, function in vars(value).items():
+                function = getattr(function, "__func__", function)
+                is_own = (not method.startswith("_") and method not in known) or method == "__init__"
+                if inspect.isfunction(function) and is_own and function.__module__.startswith("keras_proxynorm"):
+                    yield f"{package.__name__}.{name}.{method}", function
+
+
+CALLABLES = dict(public_callables())
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_public_functions_say_their_types(name):
+    signature = inspect.signature(CALLABLES[name])
+    parameters = [x for x in signature.parameters.values() if x.name not in ("self", "cls")]
+    untyped = [x.name for x in parameters if x.annotation is x.empty and x.kind != x.VAR_KEYWORD]
+    assert untyped == []
+    assert name.endswith("__init__") or signature.return_annotation is not signature.empty
 
 
 def test_layers_are_registered():

@@ -1,6 +1,7 @@
 """The inference form of a normalization with its activation: what `fold` puts in the place of one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,6 +11,7 @@ from keras_proxynorm.compat import layers_inside
 from keras_proxynorm.folding.forms import FORMS
 from keras_proxynorm.folding.forms import Constants
 from keras_proxynorm.folding.forms import normalize_and_activate
+from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.moments import computation_dtype
 from keras_proxynorm.moments import resolve_activation
 
@@ -56,10 +58,10 @@ class FoldedNormalization(keras.layers.Layer):
         groups: int | None,
         axis: int = -1,
         epsilon: float = 1e-3,
-        activation=None,
+        activation: ActivationLike = None,
         constants: Sequence[str] = Constants._fields,
         reads_mask: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.supports_masking = True

@@ -57,16 +57,16 @@ class FoldReport(Report):
         """What became of each normalization that was folded, by its path."""
         return {x.path: f"{x.layer} {x.action}" for x in self.layers if x.action != LEFT_ALONE}
 
-    def rows(self):
+    def _rows(self):
         yield "layer", "was", "became", "not done, because"
         for layer in self.layers:
             yield layer.path, layer.layer, layer.action, layer.reason or ""
 
-    def summary(self):
+    def _summary(self):
         yield f"{self.model}: {len(self.folded)} of {len(self.layers)} normalization layers folded"
         for kind, count in collections.Counter(self.folded.values()).most_common():
             yield counted("", count, kind)
-        yield from self.closing_lines()
+        yield from self._closing_lines()
 
 
 @overload

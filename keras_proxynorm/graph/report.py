@@ -51,18 +51,22 @@ class Report:
         counts = collections.Counter(layer.action for layer in self.layers)
         return _plain({**asdict(self), "counts": dict(counts), "not_done": self.not_done})  # type: ignore[call-overload]
 
-    def __str__(self) -> str:
-        return "\n".join([*_table(self.rows()), "", *self.summary()])
+    def summary(self) -> str:
+        """The report without its table."""
+        return "\n".join(self._summary())
 
-    def rows(self) -> Iterable[Sequence[str]]:
+    def __str__(self) -> str:
+        return "\n".join([*_table(self._rows()), "", self.summary()])
+
+    def _rows(self) -> Iterable[Sequence[str]]:
         """The rows of the table, the titles first."""
         raise NotImplementedError
 
-    def summary(self) -> Iterable[str]:
+    def _summary(self) -> Iterable[str]:
         """The lines after the table."""
         raise NotImplementedError
 
-    def closing_lines(self) -> Iterator[str]:
+    def _closing_lines(self) -> Iterator[str]:
         """The lines about what was not done, and the warnings."""
         if self.not_done:
             yield counted("not done", len(self.not_done), "because")

@@ -3,6 +3,7 @@
 import collections
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 
 from keras_proxynorm.graph.report import LEFT_ALONE
 from keras_proxynorm.graph.report import LayerEntry
@@ -49,6 +50,12 @@ class LayerReport(LayerEntry):
         weights: The names of the weights that were carried over.
         calibrated: Whether `gamma`, `beta` and proxy were then set with the batch `calibrate`.
         reason: Why it was left alone, or why there is no activation in the replacement; or None.
+
+    Example:
+
+    >>> from keras_proxynorm.surgery import LayerReport
+    >>> LayerReport("backbone/norm", "BatchNormalization", "plain").reason is None
+    True
     """
 
     reason: str | None = None
@@ -88,6 +95,22 @@ class ReplacementReport(Report):
             paths of the normalizations that it reads. Only with `compensate=True` or `calibrate`.
         uncompensated: An `Uncompensated` for each place where that was not possible.
         warnings: What did not come through as it was.
+
+    Example:
+
+    >>> import keras, keras_proxynorm
+    >>> layers = [keras.Input((8, 8, 4)), keras.layers.BatchNormalization(name="norm"), keras.layers.ReLU(name="relu")]
+    >>> model = keras.Sequential(layers, name="small")
+    >>> _, report = keras_proxynorm.replace_normalization(model, return_report=True)
+    >>> print(report)
+    layer  became       groups  notes
+    norm   fused: relu  1       with relu
+    <BLANKLINE>
+    small: 1 of 1 normalization layers replaced by group_norm_proxy
+      fused              1  with the activation that followed, which vanished
+                         1  - relu
+      groups          1 (1x)
+      parameters      16 before, 16 after
     """
 
     model: str
@@ -111,12 +134,12 @@ class ReplacementReport(Report):
         counts = collections.Counter(layer.groups for layer in self.layers if layer.groups is not None)
         return dict(sorted(counts.items(), reverse=True))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         groups = {str(groups): count for groups, count in self.groups.items()}
         counts = {action: self.count(action) for action in _MEANINGS}
         return {**super().to_dict(), "groups": groups, "counts": counts}
 
-    def rows(self):
+    def _rows(self):
         yield "layer", "became", "groups", "notes"
         for layer in self.layers:
             became = f"{layer.action}: {' and '.join(layer.names)}" if layer.names else layer.action
@@ -131,7 +154,7 @@ class ReplacementReport(Report):
             ]
             yield layer.path, became, layer.groups or "", "; ".join(note for note in notes if note)
 
-    def summary(self):
+    def _summary(self):
         yield f"{self.model}: {self.replaced} of {len(self.layers)} normalization layers replaced by {self.to}"
         for action, meaning in _MEANINGS.items():
             layers = [layer for layer in self.layers if layer.action == action]
@@ -154,4 +177,4 @@ class ReplacementReport(Report):
             for reason, count in collections.Counter(place.reason for place in self.uncompensated).items():
                 (path, *_) = (place.path for place in self.uncompensated if place.reason == reason)
                 yield counted("", count, f"- {reason} ({'e.g. ' if count > 1 else ''}{path})")
-        yield from self.closing_lines()
+        yield from self._closing_lines()
