@@ -7,14 +7,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.arguments import as_fraction
 from keras_proxynorm.arguments import as_nonnegative
 from keras_proxynorm.baselines.frequencies import filter_frequencies
 from keras_proxynorm.baselines.frequencies import kernel_power
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import InitializerLike
 from keras_proxynorm.layers.base import Shape
 
@@ -222,7 +220,7 @@ class ConvolutionalNormalization(KernelNormalization):
                 padding="same",
                 data_format=self.layer.data_format,
             )
-        outputs = kernels.affine(outputs, None, broadcast(self._affine(dtype)[1], outputs, self.axis % len(shape)))
+        outputs = self._plus_beta(outputs)
         return outputs if self.norm is None else self.norm(outputs, training=training)
 
     def _inverse_length(self, kernel):

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_proxynorm import kernels
 from keras_proxynorm.arguments import argument_error
 from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.activations import WithActivation
 from keras_proxynorm.layers.base import ActivationLike
 from keras_proxynorm.layers.base import NormalizationLayer
@@ -110,6 +112,11 @@ class KernelNormalization(NormalizationLayer):
         mapping = [(v, kernel if v is self.layer.kernel else v.value) for v in self.layer.variables]
         with keras.StatelessScope(state_mapping=mapping):
             return ops.cast(self.layer(inputs), dtype)
+
+    def _plus_beta(self, outputs):
+        """Outputs of the wrapped layer, with `beta` added if there is one."""
+        _, beta = self._affine(outputs.dtype)
+        return kernels.affine(outputs, None, broadcast(beta, outputs, self.axis % len(outputs.shape)))
 
     def _by_filter(self, kernel):
         """A kernel as a matrix with one column for each channel of the output."""

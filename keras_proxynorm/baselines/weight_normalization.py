@@ -6,14 +6,13 @@ from keras import ops
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
 from keras_proxynorm.baselines.kernel_normalization import square_root
-from keras_proxynorm.kernels import channels
 
 __all__ = ["WeightNormalization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class WeightNormalization(ActivatedKernelNormalization):
-    """Weight normalization: a linear layer whose filters have unit length, with `gamma`, `beta` and activation.
+    """Weight normalization: a linear layer whose filters have unit length, with affine and activation.
 
     For each filter ``c``,
 
@@ -31,17 +30,10 @@ class WeightNormalization(ActivatedKernelNormalization):
         **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
 
-    Call arguments:
-        inputs: Float tensor, as for the wrapped layer.
-
-    Output:
-        A tensor of the shape of the output of the wrapped layer, in the layer's compute dtype.
-
-    Raises:
-        ValueError: For bad arguments.
+    The call arguments, the output and its mask are those of the wrapped layer, the output in the compute dtype of this
+    one. Bad arguments and integer inputs raise a ValueError.
 
     Example:
 
@@ -59,12 +51,11 @@ class WeightNormalization(ActivatedKernelNormalization):
     """
 
     def _normalize(self, inputs, kernel, dtype, training):
-        gamma, beta = self._affine(dtype)
+        gamma, _ = self._affine(dtype)
         filters = self._by_filter(kernel)
         lengths = square_root(ops.sum(ops.square(filters), axis=0))
         filters = kernels.affine(filters / (lengths + self.kernel_epsilon), gamma, None)
-        outputs = self._linear(inputs, ops.reshape(filters, kernel.shape), dtype)
-        outputs = kernels.affine(outputs, None, channels.broadcast(beta, outputs, self.axis % len(outputs.shape)))
+        outputs = self._plus_beta(self._linear(inputs, ops.reshape(filters, kernel.shape), dtype))
         if self._elementwise.is_identity:
             return outputs
         mean, variance = self._standard_moments(dtype)

@@ -9,14 +9,13 @@ from keras import ops
 from keras_proxynorm import kernels
 from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
 from keras_proxynorm.baselines.kernel_normalization import square_root
-from keras_proxynorm.kernels import channels
 
 __all__ = ["WeightStandardization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
 class WeightStandardization(ActivatedKernelNormalization):
-    """Scaled weight standardization: a linear layer whose filters are standardized, with gamma, beta, activation.
+    """Scaled weight standardization: a linear layer whose filters are standardized, with affine and activation.
 
     For each filter ``c`` with ``fan_in`` weights, of mean ``m_c`` and standard deviation ``s_c``,
 
@@ -35,17 +34,10 @@ class WeightStandardization(ActivatedKernelNormalization):
         **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
-        gamma: Weight of shape ``(channels,)``, or None.
-        beta: Weight of shape ``(channels,)``, or None.
+        gamma, beta: Weights of shape ``(channels,)``, or None.
 
-    Call arguments:
-        inputs: Float tensor, as for the wrapped layer.
-
-    Output:
-        A tensor of the shape of the output of the wrapped layer, in the layer's compute dtype.
-
-    Raises:
-        ValueError: For bad arguments.
+    The call arguments, the output and its mask are those of the wrapped layer, the output in the compute dtype of this
+    one. Bad arguments and integer inputs raise a ValueError.
 
     Example:
 
@@ -63,10 +55,8 @@ class WeightStandardization(ActivatedKernelNormalization):
     """
 
     def _normalize(self, inputs, kernel, dtype, training):
-        _, beta = self._affine(dtype)
         outputs = self._linear(inputs, self._standardized(kernel), dtype)
-        outputs = kernels.affine(outputs, None, channels.broadcast(beta, outputs, self.axis % len(outputs.shape)))
-        return self._elementwise.function(outputs)
+        return self._elementwise.function(self._plus_beta(outputs))
 
     def _standardized(self, kernel):
         gamma, _ = self._affine(kernel.dtype)

@@ -29,12 +29,9 @@ class LayerNormProxy(GroupNormProxy):
         axis: Integer, the channel axis, not 0: where `gamma`, `beta` and the proxies live. The statistics are over all
             axes but the batch. Defaults to -1.
         epsilon: Float, added to the variance of the input. Defaults to 1e-3.
-        center, scale, beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint,
-            gamma_constraint, activation, proxy_epsilon, proxy_moments, num_quantiles, learn_proxy, proxy_initializer,
-            proxy_regularizer, proxy_constraint: As in `GroupNormProxy`, with the same defaults.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
-    Attributes, call arguments, output and errors are those of `GroupNormProxy`.
+    The other arguments and their defaults, attributes, call arguments, output and errors are those of `GroupNormProxy`.
 
     Example:
 

@@ -25,12 +25,10 @@ class ProxyActivation(ProxyNormalizationLayer):
 
     Args:
         axis: Integer, the channel axis, not 0. Defaults to -1.
-        center, scale, beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint,
-            gamma_constraint, activation, proxy_epsilon, proxy_moments, num_quantiles, learn_proxy, proxy_initializer,
-            proxy_regularizer, proxy_constraint: As in `GroupNormProxy`, with the same defaults.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
-    Attributes, call arguments, output and errors are those of `GroupNormProxy`; a mask is passed on and not used.
+    The other arguments and their defaults, attributes, call arguments, output and errors are those of `GroupNormProxy`;
+    a mask is passed on and not used.
 
     Example:
 

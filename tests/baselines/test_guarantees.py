@@ -311,9 +311,9 @@ def test_statistics_of_the_batch_are_of_no_single_sample(name):
 BAD_VALUES = {
     "axis": [1.5],
     "momentum": [1.5],
-    **dict.fromkeys(("epsilon", "kernel_epsilon"), [-1.0, float("inf"), float("nan")]),
-    **dict.fromkeys(("nonlinearity", "learn_epsilon", "use_moving_statistics"), ["no", 1]),
-    **dict.fromkeys(("batch_normalization", "moving_spectrum"), ["no", 1]),
+    **{epsilon: [-1.0, float("inf"), float("nan")] for epsilon in ("epsilon", "kernel_epsilon")},
+    **{flag: ["no", None, 1] for flag in ("center", "scale", "nonlinearity", "learn_epsilon")},
+    **{flag: ["no", None, 1] for flag in ("use_moving_statistics", "batch_normalization", "moving_spectrum")},
 }
 
 
@@ -324,7 +324,7 @@ def test_bad_arguments(name):
         taken.remove("nonlinearity")  # which its sample gives
     assert taken
     for argument in ("center", "scale", *taken):
-        for value in BAD_VALUES.get(argument, ["no", None]):
+        for value in BAD_VALUES[argument]:
             with pytest.raises(ValueError, match=f"`{argument}` must be .* Received: {argument}={value!r}"):
                 BASELINES[name](**{argument: value})
 
