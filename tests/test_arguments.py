@@ -62,9 +62,7 @@ def test_groups_must_divide_the_channels():
 
 def test_models_must_be_built():
     arguments.check_built_model(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
-    with pytest.raises(
-        ValueError, match="`teacher` must be built.*a Sequential with a keras.Input.*teacher=<Seq"
-    ):
+    with pytest.raises(ValueError, match="`teacher` must be built.*a Sequential with a keras.Input.*teacher=<Seq"):
         arguments.check_built_model(keras.Sequential([keras.layers.Dense(2)]), "teacher")
     with pytest.raises(ValueError, match="`model` must be a keras.Model.*model=3"):
         arguments.check_built_model(3)
