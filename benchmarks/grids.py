@@ -183,7 +183,8 @@ def _comparable(configuration):
 
 def describe(run, result):
     """What was run and found, in a line."""
-    names = [str(value) for name, value in run.configuration._asdict().items() if not name.endswith("images")]
+    fields = run.configuration._asdict().items()
+    names = [str(value) for name, value in fields if not name.endswith("images") and value != ""]
     found = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in result._asdict().items() if "accuracy" in name]
     return f"{' '.join(names)}, rate {run.learning_rate:g}, seed {run.seed}: {', '.join(found)}, {result.seconds:.0f} s"
 
