@@ -38,7 +38,7 @@ def test_a_scale_and_an_offset_go_into_the_convolution(name):
     model, x = make_model(FOLDED[name]), normal(3, 6, 6, 8)
     folded, report = fold(model, return_report=True)
     assert isinstance(folded.get_layer("norm"), keras.layers.Identity)
-    assert list(report.folded.values()) == [f"{type(model.get_layer('norm')).__name__} into the layer in front of it"]
+    assert list(report.folded.values()) == [f"{type(model.get_layer('norm')).__name__} into the preceding layer"]
     np.testing.assert_allclose(numpy(folded(x)), numpy(model(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_a_contained_layer_takes_everything_in(name, kind):
     folded, report = fold(model, return_report=True)
     layer = folded.get_layer("norm")
     assert type(layer) is keras.layers.Conv2D and layer.use_bias and layer.activation.__name__ == kind
-    assert report.folded == {"norm": f"{type(model.get_layer('norm')).__name__} into the layer inside of it"}
+    assert report.folded == {"norm": f"{type(model.get_layer('norm')).__name__} into the linear layer inside of it"}
     np.testing.assert_allclose(numpy(folded(x)), numpy(model(x)), rtol=1e-4, atol=1e-5)
 
 
