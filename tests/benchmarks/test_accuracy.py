@@ -95,15 +95,22 @@ def test_a_run_does_not_depend_on_the_one_before(script):
 
 
 def test_proxies_are_calibrated(script, monkeypatch):
-    # What is counted does not depend on the depth.
-    shallow = functools.partial(script.networks.plain, depth=3)
-    monkeypatch.setitem(script.networks.NETWORKS, "plain15", shallow)
-    calls = []
-    monkeypatch.setattr(
-        "keras_proxynorm.training.proxies.calibrate_proxies", lambda model, data: calls.append(len(data))
-    )
+    """Every so many steps the callback is called, on images to train with."""
+    given, steps = [], []
+
+    class Recorder(keras.callbacks.Callback):
+        def __init__(self, data, every):
+            super().__init__()
+            given.append((data.shape, every))
+
+        def on_train_batch_end(self, batch, logs=None):
+            steps.append(batch + 1)
+
+    monkeypatch.setattr(script, "CalibrateProxies", Recorder)
+    # What is called does not depend on the depth.
+    monkeypatch.setitem(script.networks.NETWORKS, "plain15", functools.partial(script.networks.plain, depth=3))
     script.measure(None, run_of(script, normalization="group_norm_proxy:groups=4,calibrate_proxies=5"))
-    assert calls == [64, 64]  # of 10 steps
+    assert given == [((64, 16, 16, 1), 5)] and steps == [5, 10]
 
 
 @pytest.mark.slow
