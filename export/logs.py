@@ -1,7 +1,9 @@
-"""The converters' logs: notes and warnings kept off the screen, errors turned into something that can be raised."""
+"""What libraries log during an export: notes and warnings are not shown, errors are collected."""
 
 import contextlib
 import logging
+import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 
 __all__ = ["errors_of", "quiet"]
@@ -9,49 +11,46 @@ __all__ = ["errors_of", "quiet"]
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Lets the loggers of these names, but not their children, pass nothing below an error."""
-    loggers = [logging.getLogger(name) for name in names]
-    # Not their levels: TensorFlow sets that of absl while it saves.
-    for logger in loggers:
-        logger.addFilter(_is_error)
-    try:
+    """Makes the loggers of these names, but not their children, drop what this thread logs below an error."""
+    with _filtered([logging.getLogger(name) for name in names], lambda record: record.levelno >= logging.ERROR):
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_error)
 
 
 @contextlib.contextmanager
 def errors_of(name: str) -> Iterator[list[str]]:
-    """Collects the errors that a logger and its children report, and shows nothing of what they report.
+    """Collects the errors that this thread logs, and shows nothing of what it logs.
 
     Args:
-        name: Name of the logger.
+        name: Name of a logger. Its children count, those that exist.
 
     Yields:
         A list that the messages are appended to.
     """
     messages: list[str] = []
-    logger = logging.getLogger(name)
-    handler = _Collector(messages)
-    propagate = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
+
+    def collect(record):
+        if record.levelno >= logging.ERROR:
+            messages.append(record.getMessage())
+        return False
+
+    names = [name, *(other for other in list(logging.root.manager.loggerDict) if other.startswith(f"{name}."))]
+    with _filtered([logging.getLogger(name) for name in names], collect):
         yield messages
+
+
+@contextlib.contextmanager
+def _filtered(loggers: list[logging.Logger], passes: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Makes loggers drop what does not pass, of what this thread logs."""
+    thread = threading.get_ident()
+
+    # A filter of its own for each block. And no levels: TensorFlow sets that of absl while it saves.
+    def passes_here(record):
+        return threading.get_ident() != thread or passes(record)
+
+    for logger in loggers:
+        logger.addFilter(passes_here)
+    try:
+        yield
     finally:
-        logger.propagate = propagate
-        logger.removeHandler(handler)
-
-
-def _is_error(record):
-    return record.levelno >= logging.ERROR
-
-
-class _Collector(logging.Handler):
-    def __init__(self, messages):
-        super().__init__(logging.ERROR)
-        self.messages = messages
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
+        for logger in loggers:
+            logger.removeFilter(passes_here)

@@ -1,16 +1,17 @@
-"""A function of TensorFlow as an ONNX model, by way of tf2onnx; nothing else in the package touches the converter."""
+"""A function of TensorFlow as an ONNX model, converted by tf2onnx."""
 
 import collections
-import contextlib
-import functools
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence
 
 import keras
 import numpy as np
 
+from keras_proxynorm import compat
 from keras_proxynorm.export.logs import errors_of
 from keras_proxynorm.export.onnx_layout import infer_tensors
+from keras_proxynorm.export.onnx_layout import names_read
 from keras_proxynorm.export.onnx_layout import remove_transposes
 from keras_proxynorm.export.onnx_weights import initializer
 from keras_proxynorm.export.onnx_weights import is_large
@@ -18,21 +19,23 @@ from keras_proxynorm.export.onnx_weights import value_of
 
 __all__ = ["check_opset", "convert"]
 
-# Read by every ONNX Runtime since 1.12; the converter's own default is older.
+# Read by every ONNX Runtime since 1.12; the default of tf2onnx is older.
 _DEFAULT_OPSET = 17
 _LOWEST_OPSET = 13
-# Bytes of constants that the converter can be given in one message.
+# Bytes of constants that fit into the messages that tf2onnx and TensorFlow exchange.
 _LARGEST_MESSAGE = 1.5e9
-# Operations of TensorFlow that the converter takes a weight for that is not a constant, without a loss.
-_READERS = {
-    *str.split(
+# Operations of TensorFlow that tf2onnx converts without knowing the values of their weights.
+_CONSUMERS = set(
+    str.split(
         "BatchMatMulV2 Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInputV2 DepthwiseConv2dNative Einsum GatherV2 "
         "MatMul"
     )
-}
-# Operations of TensorFlow, and then of ONNX, that change the shape or the dtype of a weight and nothing else.
+)
+# Operations of TensorFlow, and then of ONNX, that change only the shape or the dtype of a weight.
 _TENSORFLOW_RESHAPING = {"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze", "Transpose"}
 _ONNX_RESHAPING = {"Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+# tf2onnx keeps the functions of the graph that it converts in a global dict.
+_one_conversion_at_a_time = threading.Lock()
 
 
 def check_opset(opset: int | None) -> int:
@@ -48,7 +51,7 @@ def check_opset(opset: int | None) -> int:
     except ImportError as error:
         raise ImportError('Exporting to ONNX needs: pip install "tf2onnx>=1.17" "onnx>=1.17"') from error
 
-    highest = max(tf2onnx.constants.OPSET_TO_IR_VERSION)
+    highest = compat.highest_opset()
     if opset is None:
         return _DEFAULT_OPSET
     if isinstance(opset, bool) or not isinstance(opset, int) or not _LOWEST_OPSET <= opset <= highest:
@@ -59,15 +62,15 @@ def check_opset(opset: int | None) -> int:
     return opset
 
 
-def convert(serve: Callable, signature: list, opset: int, weights: Sequence = ()) -> tuple:
+def convert(serve: Callable, signature: Sequence, opset: int, weights: Sequence[keras.Variable] = ()) -> tuple:
     """Converts a function of tensors that returns a dict of tensors.
 
     Args:
         serve: The function.
         signature: List of named `tf.TensorSpec`, one for each argument.
         opset: The version of the ONNX operator set.
-        weights: The variables of Keras that the function may read. Large ones are spared the converter, which copies
-            a constant at each of its steps.
+        weights: The variables that the function may read. Large ones bypass tf2onnx, which copies a constant at each
+            of its steps.
 
     Returns:
         ``(proto, arrays)``: an `onnx.ModelProto`, with the names of the signature and of the dict, and in their order;
@@ -76,120 +79,117 @@ def convert(serve: Callable, signature: list, opset: int, weights: Sequence = ()
     Raises:
         ValueError: If an operation has no ONNX form, or if an input and an output have the same name.
     """
-    import tf2onnx.convert
+    weights = [weight for weight in weights if is_large(weight.shape, keras.backend.standardize_dtype(weight.dtype))]
+    function = _trace(serve, signature, weights)
+    inputs = {tensor.name: spec.name for tensor, spec in zip(function.inputs, signature, strict=False)}
+    outputs = {tensor.name: name for name, tensor in function.structured_outputs.items()}
+    shared = {*inputs.values()} & {*outputs.values()}
+    if shared:
+        raise ValueError(
+            "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
+            f"names for both. Received: an input and an output with name={shared.pop()!r}"
+        )
+    graph, bypassing = _freeze(function, [*inputs], [*outputs], _values(function, len(signature), weights))
+    inputs.update({name: name.partition(":")[0] for name in bypassing})
+    proto = _run_tf2onnx(graph, inputs, outputs, opset)
+    arrays: dict[str, np.ndarray] = {}
+    _inputs_to_constants(proto, {inputs[name]: value for name, value in bypassing.items()}, arrays)
+    _take_out_large(proto, arrays)
+    _compute_weights(proto, arrays)
+    remove_transposes(proto, arrays)
+    _keep_zeros_before_poolings(proto)
+    _remove_unused_weights(proto, arrays)
+    return proto, arrays
 
-    with errors_of("tf2onnx") as errors:
-        function, inputs, names, spared = _trace(serve, signature, [weight for weight in weights if _is_spared(weight)])
-        concrete = function.get_concrete_function()
-        size = sum(variable.dtype.size * int(np.prod(variable.shape)) for variable in concrete.variables)
-        if size > _LARGEST_MESSAGE:
-            raise ValueError(
-                "Argument `model` must have less than 1.5 GB of weights that its layers do not read as they are, such "
-                "as those of recurrent layers, because the converter takes no more; use export_saved_model, which "
-                f"does. Received: {size / 1e9:.1f} GB"
-            )
-        shared = {spec.name for spec in signature} & set(names)
-        if shared:
-            raise ValueError(
-                "Argument `model` must have outputs that are not named like its inputs, because ONNX has one set of "
-                f"names for both. Received: an input and an output with name={shared.pop()!r}"
-            )
-        handlers = {"Erfc": _erfc, "Expm1": _expm1, "FusedBatchNormV3": _instance_normalization}
+
+def _trace(serve, signature, weights):
+    """The function as a concrete one that takes the values of weights after its own arguments."""
+    import tensorflow as tf
+
+    def traced(*tensors):
+        values = tensors[len(signature) :]
+        with keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
+            return serve(*tensors[: len(signature)])
+
+    specs = [tf.TensorSpec(x.shape, x.dtype, f"keras_proxynorm.weight.{i}") for i, x in enumerate(weights)]
+    return tf.function(traced, input_signature=[*signature, *specs], autograph=False).get_concrete_function()
+
+
+def _values(function, first, weights):
+    """The values of what a concrete function takes from argument number `first` on and what it refers to, by name."""
+    given = zip(function.inputs[first:], [*weights, *function.captured_inputs], strict=True)
+    return {tensor.name: keras.ops.convert_to_numpy(x) for tensor, x in given if tensor.dtype != "resource"}
+
+
+def _freeze(function, inputs, outputs, values):
+    """The graph of a concrete function, with all `values` as constants but large ones whose consumers allow it.
+
+    Returns:
+        ``(graph, bypassing)``: the GraphDef, and the values that it takes as inputs, by name.
+    """
+    import tensorflow as tf
+
+    variables = sum(variable.dtype.size * variable.shape.num_elements() for variable in function.variables)
+    _check_size(variables)
+    graph = compat.frozen_graph(function, [*inputs, *values], outputs)
+    consumers = _consumers(graph)
+    bypassing = {name: x for name, x in values.items() if is_large(x.shape, x.dtype) and consumers(name) <= _CONSUMERS}
+    constants = {name: x for name, x in values.items() if name not in bypassing}
+    _check_size(variables + sum(x.nbytes for x in constants.values()))
+    if not constants:
+        return graph, bypassing
+    for node in graph.node:
+        if (value := constants.get(f"{node.name}:0")) is not None:
+            node.op = "Const"
+            node.attr.clear()
+            node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
+            node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
+    return compat.optimized_graph(graph, [*inputs, *bypassing], outputs), bypassing
+
+
+def _check_size(size):
+    if size > _LARGEST_MESSAGE:
+        raise ValueError(
+            "Argument `model` must have less than 1.5 GB of weights that its layers do not read as they are, such as "
+            "those of recurrent layers, because the converter takes no more; use export_saved_model, which does. "
+            f"Received: {size / 1e9:.1f} GB"
+        )
+
+
+def _consumers(graph):
+    """A function that gives the types of the operations that read a tensor, or read it in another shape or dtype."""
+    nodes = collections.defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            nodes[name.partition(":")[0]].append(node)
+
+    def types(name):
+        found = set()
+        for node in nodes[name.partition(":")[0]]:
+            found |= types(node.name) if node.op in _TENSORFLOW_RESHAPING else {node.op}
+        return found
+
+    return types
+
+
+def _run_tf2onnx(graph, inputs, outputs, opset):
+    import tf2onnx.convert  # noqa: F401, so that its loggers exist
+
+    with _one_conversion_at_a_time, errors_of("tf2onnx") as errors:
         try:
-            proto, _ = tf2onnx.convert.from_function(
-                function,
-                inputs,
-                opset=opset,
-                custom_op_handlers={op: (handler, []) for op, handler in handlers.items()},
-                custom_rewriter=[_find_hard_sigmoids],
-            )
+            proto = compat.onnx_of_graph(graph, inputs, outputs, opset, [_replace_operations])
         except Exception as error:
-            raise ValueError(f"Argument `model` has no form in ONNX of opset {opset}: {error}") from error
-    # The converter only logs what it cannot convert, and goes on with a graph that no runtime can read.
+            # Operations that it has no form for make it fail later, too.
+            if not errors:
+                error.add_note("Raised by tf2onnx; export_saved_model does not need it.")
+                raise
+    # It only logs what it cannot convert, and goes on with a graph that no runtime can read.
     if errors:
         raise ValueError(
             "Argument `model` must consist of operations that have an ONNX form. Replace the layer in question, or use "
             "export_saved_model, which takes them all. Received from tf2onnx:\n" + "\n".join(errors)
         )
-    # TensorFlow sorts them by name.
-    proto.graph.output.sort(key=lambda output: names.index(output.name))
-    arrays: dict[str, np.ndarray] = {}
-    _inputs_to_constants(proto, {**spared, **_captured(concrete)}, arrays)
-    _take_out_large(proto, arrays)
-    _compute_weights(proto, arrays)
-    remove_transposes(proto, arrays)
-    _merge_affines(proto, arrays)
-    _keep_zeros_in_front_of_poolings(proto)
-    _remove_unused_weights(proto, arrays)
-    return proto, arrays
-
-
-def _is_spared(weight):
-    return is_large(weight.shape, keras.backend.standardize_dtype(weight.dtype))
-
-
-def _trace(serve, signature, weights):
-    """The function with weights as inputs.
-
-    Returns:
-        ``(function, signature, names, values)``: the function with its signature, the names of its outputs, and the
-        values of the weights among its inputs, by name.
-    """
-    import tensorflow as tf
-
-    names: list[str] = []
-    specs = [tf.TensorSpec(x.shape, x.dtype, f"keras_proxynorm.weight.{i}") for i, x in enumerate(weights)]
-
-    def traced(*tensors):
-        values = tensors[len(signature) :]
-        with _functions_inlined(), keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
-            outputs = serve(*tensors[: len(signature)])
-        names[:] = outputs
-        return outputs
-
-    function = tf.function(traced, input_signature=[*signature, *specs], autograph=False)
-    tensors = function.get_concrete_function().inputs[len(signature) :]
-    readers = [_readers(tensor) for tensor in tensors[: len(specs)]]
-    spared = [weight for weight, types in zip(weights, readers, strict=True) if types <= _READERS]
-    if len(spared) < len(weights):
-        # Whether a weight can be an input is known only when all that reads it is traced.
-        return _trace(serve, signature, spared)
-    values = {spec.name: keras.ops.convert_to_numpy(weight) for spec, weight in zip(specs, weights, strict=True)}
-    return function, [*signature, *specs], names, values
-
-
-@contextlib.contextmanager
-def _functions_inlined():
-    """Traces functions inside of a function as if they were none: Keras has some for XLA, which no converter reads."""
-    import tensorflow as tf
-
-    eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(eagerly)
-
-
-def _readers(tensor):
-    """The types of the operations that read a tensor, or something of another shape or dtype."""
-    types = set()
-    for reader in tensor.consumers():
-        if reader.type in _TENSORFLOW_RESHAPING:
-            types |= _readers(reader.outputs[0])
-        else:
-            types.add(reader.type)
-    return types
-
-
-def _captured(concrete):
-    """The values of the tensors that a function refers to, by name."""
-    own = len(concrete.inputs) - len(concrete.captured_inputs)
-    return {
-        tensor.name: value.numpy()
-        for tensor, value in zip(concrete.inputs[own:], concrete.captured_inputs, strict=True)
-        if tensor.dtype != "resource"
-    }
+    return proto
 
 
 def _inputs_to_constants(proto, values, arrays):
@@ -213,13 +213,13 @@ def _take_out_large(proto, arrays):
 
 
 def _compute_weights(proto, arrays):
-    """Computes what only gives large weights another shape or dtype."""
+    """Computes operations that only give a weight another shape or dtype."""
     import onnx.reference
 
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in list(proto.graph.node):
-        if node.op_type not in _ONNX_RESHAPING or node.input[0] not in arrays or not constants.keys() >= {*node.input}:
+        if node.op_type not in _ONNX_RESHAPING or not constants.keys() >= {*node.input}:
             continue
         values = {name: value_of(constants[name], arrays) for name in node.input}
         (value,) = onnx.reference.ReferenceEvaluator(node, opsets=opsets).run(None, values)
@@ -228,61 +228,8 @@ def _compute_weights(proto, arrays):
         proto.graph.node.remove(node)
 
 
-def _merge_affines(proto, arrays):
-    """Makes what is multiplied with and added to the channels behind a convolution part of its kernel and bias.
-
-    The converter does it for most, but not with the weights that it is spared.
-    """
-    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    readers = collections.Counter(name for node in proto.graph.node for name in node.input)
-    readers.update(output.name for output in proto.graph.output)
-    convolutions = {}
-
-    def add_constant(name, value):
-        constants[name] = initializer(name, value, arrays)
-        proto.graph.initializer.append(constants[name])
-        return name
-
-    for node in list(proto.graph.node):
-        if node.op_type == "Conv" and {*node.input[1:]} <= constants.keys():
-            convolutions[node.output[0]] = node
-        if node.op_type not in ("Add", "Mul"):
-            continue
-        for name, other in (node.input, node.input[::-1]):
-            convolution = convolutions.get(name)
-            if convolution is None or other not in constants or readers[name] > 1:
-                continue
-            kernel = value_of(constants[convolution.input[1]], arrays)
-            shape = (len(kernel), *(1 for _ in kernel.shape[2:]))
-            value = value_of(constants[other], arrays)
-            if value.shape not in (shape, (1, *shape)):
-                continue
-            value = value.reshape(-1)
-            bias = value_of(constants[convolution.input[2]], arrays) if len(convolution.input) > 2 else None
-            if node.op_type == "Mul":
-                scaled = kernel * value.reshape(-1, *(1 for _ in kernel.shape[1:]))
-                convolution.input[1] = add_constant(f"{node.output[0]}__kernel", scaled)
-                bias = None if bias is None else bias * value
-            else:
-                bias = value if bias is None else bias + value
-            if bias is not None:
-                convolution.input[2:] = [add_constant(f"{node.output[0]}__bias", bias)]
-            convolution.output[0] = node.output[0]
-            convolutions[node.output[0]] = convolution
-            proto.graph.node.remove(node)
-            break
-
-
 def _remove_unused_weights(proto, arrays):
-    def used(graph):
-        for node in graph.node:
-            yield from node.input
-            for attribute in node.attribute:
-                for inner in (attribute.g, *attribute.graphs):
-                    yield from used(inner)
-        yield from (output.name for output in graph.output)
-
-    names = set(used(proto.graph))
+    names = set(names_read(proto.graph))
     weights = [tensor for tensor in proto.graph.initializer if tensor.name in names]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(weights)
@@ -290,11 +237,11 @@ def _remove_unused_weights(proto, arrays):
         del arrays[name]
 
 
-def _keep_zeros_in_front_of_poolings(proto):
-    """Makes the zeros that are padded in front of poolings negative.
+def _keep_zeros_before_poolings(proto):
+    """Makes the zeros that are padded before poolings negative.
 
-    ONNX Runtime takes a padding with zeros into the pooling behind it, which then leaves them out: wrong where all that
-    is in a window is negative. It does not where a bit of the zero is set.
+    ONNX Runtime merges a padding with zeros into the pooling after it, which then leaves the zeros out: wrong where all
+    values in a window are negative. It does not merge a padding with negative zeros.
     """
     import onnx
 
@@ -315,68 +262,85 @@ def _keep_zeros_in_front_of_poolings(proto):
             node.input[:] = [*node.input[:2], name]
 
 
-def _find_hard_sigmoids(graph, nodes):
-    """Makes HardSigmoid of ``relu6(x + 3) / 6``, as Keras computes it: one kernel, which convolutions contain."""
-    from tf2onnx.graph_matcher import GraphMatcher
-    from tf2onnx.graph_matcher import OpTypePattern
-
-    shifted = OpTypePattern("AddV2", inputs=[OpTypePattern("*", name="x"), OpTypePattern("Const", name="shift")])
-    clipped = OpTypePattern("Relu6", inputs=[shifted])
-    pattern = OpTypePattern("Mul|RealDiv", name="outputs", inputs=[clipped, OpTypePattern("Const", name="factor")])
-    for match in list(GraphMatcher(pattern, allow_reorder=True).match_ops(nodes)):
-        outputs = match.get_op("outputs")
-        shift, factor = (np.asarray(match.get_op(name).get_tensor_value()) for name in ("shift", "factor"))
-        if outputs.type == "RealDiv":
-            factor = 1 / factor if outputs.inputs[1] is match.get_op("factor") else np.nan
-        if np.all(shift == 3) and np.allclose(factor, 1 / 6):
-            hard_sigmoid = graph.make_node(
-                "HardSigmoid",
-                [match.get_tensor("x")],
-                attr={"alpha": 1 / 6, "beta": 0.5},
-                shapes=outputs.output_shapes,
-                dtypes=outputs.output_dtypes,
-                skip_conversion=True,
-            )
-            graph.replace_all_inputs(outputs.output[0], hard_sigmoid.output[0])
+def _replace_operations(graph, nodes):
+    """Replaces operations in a graph of tf2onnx by operations of ONNX that it would not use."""
+    rules = _replace_erfc, _replace_expm1, _replace_batch_norm, _add_up_biases, _find_hard_sigmoid, _find_hard_swish
+    for rule in rules:
+        for node in list(graph.get_nodes()):
+            rule(graph, node)
     return graph.get_nodes()
 
 
-def _instance_normalization(context, node, name, args):
-    """InstanceNormalization: what `inference_step` means by a batch normalization of batches of one."""
-    from tf2onnx.onnx_opset.nn import BatchNorm
-
-    if not node.get_attr_value("is_training"):
-        BatchNorm.version_9(context, node)
-        return
-    inputs, output, epsilon = node.input[:3], node.output[0], node.get_attr_value("epsilon")
-    shape, dtype = context.get_shape(output), context.get_dtype(output)
-    context.remove_node(node.name)
-    attributes = {"epsilon": epsilon}
-    context.make_node(
-        "InstanceNormalization", inputs, attr=attributes, outputs=[output], shapes=[shape], dtypes=[dtype]
-    )
+def _replace_erfc(graph, node):
+    """``1 - erf(x)``, for Keras's exact gelu."""
+    if node.type == "Erfc":
+        _replace(graph, node, "Sub", [_one(graph, node), _apply(graph, "Erf", node)])
 
 
-def _erfc(context, node, name, args):
-    """1 - Erf(x): tf2onnx has no Erfc, which Keras's exact gelu is made of."""
-    one, erf, make_output = _begin_replacement(context, node, "Erf")
-    make_output("Sub", [one, erf])
+def _replace_expm1(graph, node):
+    """``exp(x) - 1``, for celu."""
+    if node.type == "Expm1":
+        _replace(graph, node, "Sub", [_apply(graph, "Exp", node), _one(graph, node)])
 
 
-def _expm1(context, node, name, args):
-    """Exp(x) - 1: tf2onnx has no Expm1, which celu is made of."""
-    one, exp, make_output = _begin_replacement(context, node, "Exp")
-    make_output("Sub", [exp, one])
+def _replace_batch_norm(graph, node):
+    """InstanceNormalization: what a folded normalization means by a batch norm in training."""
+    if node.type == "FusedBatchNormV3" and node.get_attr_value("is_training"):
+        _replace(graph, node, "InstanceNormalization", node.input[:3], epsilon=node.get_attr_value("epsilon"))
 
 
-def _begin_replacement(context, node, op):
-    """Removes `node` and gives the constant 1, `op` of its input, and a function that makes its output anew."""
-    from tf2onnx import utils
+def _add_up_biases(graph, node):
+    """Convolutions with one bias: tf2onnx makes an input of each of two, which is no valid ONNX."""
+    if node.type == "Conv2D" and len(node.input) == 4:
+        bias = graph.make_node("Add", node.input[2:], skip_conversion=True)
+        graph.replace_inputs(node, [*node.input[:2], bias.output[0]])
 
-    (x,), (output,) = node.input, node.output
-    shape, dtype = context.get_shape(output), context.get_dtype(output)
-    context.remove_node(node.name)
-    one = context.make_const(utils.make_name("one"), np.array(1, utils.map_onnx_to_numpy_type(dtype)))
-    inner = context.make_node(op, [x], shapes=[shape], dtypes=[dtype])
-    make_output = functools.partial(context.make_node, outputs=[output], shapes=[shape], dtypes=[dtype])
-    return one.output[0], inner.output[0], make_output
+
+def _find_hard_sigmoid(graph, node):
+    """``relu6(x + 3) / 6``, as Keras computes it: ONNX Runtime has one kernel for it."""
+    clipped = _operand(graph, node, "Mul", 1 / 6) or _operand(graph, node, "RealDiv", 6)
+    relu6 = clipped and graph.get_node_by_output(clipped)
+    if relu6 and relu6.type == "Relu6" and (x := _operand(graph, relu6.inputs[0], "AddV2", 3)):
+        _replace(graph, node, "HardSigmoid", [x], alpha=1 / 6, beta=0.5)
+
+
+def _find_hard_swish(graph, node):
+    """``x * hard_sigmoid(x)``: OpenVINO has one kernel for it."""
+    if node.type == "Mul" and graph.opset >= 14:
+        for x, factor in (node.input, node.input[::-1]):
+            other = graph.get_node_by_output(factor)
+            if other and other.type == "HardSigmoid" and other.input[0] == x:
+                _replace(graph, node, "HardSwish", [x])
+                return
+
+
+def _operand(graph, node, op, constant):
+    """The name of `x` if `node` is ``op(x, constant)``, or None."""
+    if node is None or node.type != op:
+        return None
+    for x, other in (node.input, node.input[::-1])[: 1 if op == "RealDiv" else 2]:
+        value = graph.get_node_by_output(other)
+        if value and value.is_const() and np.allclose(value.get_tensor_value(as_list=False), constant, rtol=1e-6):
+            return x
+    return None
+
+
+def _replace(graph, node, op, inputs, **attributes):
+    """Puts an operation of ONNX in the place of a node, with the first of its outputs."""
+    outputs, shapes, dtypes = node.output[:1], node.output_shapes[:1], node.output_dtypes[:1]
+    graph.remove_node(node.name)
+    graph.make_node(op, inputs, attributes, outputs=outputs, shapes=shapes, dtypes=dtypes, skip_conversion=True)
+
+
+def _apply(graph, op, node):
+    """The name of ``op(x)`` for the input `x` of a node."""
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    return graph.make_node(op, node.input, shapes=shapes, dtypes=dtypes, skip_conversion=True).output[0]
+
+
+def _one(graph, node):
+    """The name of a constant 1 of the dtype of a node."""
+    import onnx
+
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(node.output_dtypes[0])
+    return graph.make_const(f"{node.name}__one", np.array(1, dtype)).output[0]

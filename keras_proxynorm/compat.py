@@ -15,11 +15,15 @@ __all__ = [
     "convert_variables_to_constants",
     "copy_rematerialization",
     "excludes_from_weight_decay",
+    "frozen_graph",
     "functional_call",
+    "highest_opset",
     "is_compiled_by_xla",
     "lambda_output_shape",
     "layers_inside",
     "nodes_of",
+    "onnx_of_graph",
+    "optimized_graph",
     "own_mask",
     "own_variables",
     "track_loss",
@@ -130,3 +134,67 @@ def functional_call() -> Any:
 def own_mask(tensor: keras.KerasTensor) -> keras.KerasTensor | None:
     """The mask that follows a symbolic tensor through the calls of layers, without being passed."""
     return getattr(tensor, "_keras_mask", None)
+
+
+def frozen_graph(concrete, inputs: list[str], outputs: list[str]):
+    """A concrete function of TensorFlow as a GraphDef in which variables are constants and functions are inlined.
+
+    Args:
+        concrete: The concrete function.
+        inputs: Names of the tensors that stay inputs.
+        outputs: Names of the tensors that are its outputs.
+    """
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    # tf2onnx converts functional loops.
+    graph = convert_variables_to_constants_v2(concrete, lower_control_flow=False).graph.as_graph_def(add_shapes=True)
+    # Keras compiles grouped convolutions by XLA. TensorFlow inlines no function that is marked for that.
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    for marked in [*graph.library.function, *nodes]:
+        for attribute in ("_XlaMustCompile", "_noinline"):
+            marked.attr.pop(attribute, None)
+    return optimized_graph(graph, inputs, outputs)
+
+
+def optimized_graph(graph, inputs: list[str], outputs: list[str]):
+    """A GraphDef with functions inlined and constants folded, unless the result were larger than its sources."""
+    import tensorflow as tf
+    from tf2onnx.tf_loader import tf_optimize
+
+    with tf.Graph().as_default():
+        return tf_optimize(inputs, outputs, graph)
+
+
+def highest_opset() -> int:
+    """The latest version of the ONNX operator set that tf2onnx writes."""
+    from tf2onnx.constants import OPSET_TO_IR_VERSION
+
+    return max(OPSET_TO_IR_VERSION)
+
+
+def onnx_of_graph(graph, inputs: dict[str, str], outputs: dict[str, str], opset: int, rewriters: list):
+    """What tf2onnx makes of a GraphDef: an `onnx.ModelProto`. It logs the operations that have no form in ONNX.
+
+    Args:
+        graph: The GraphDef, frozen.
+        inputs: For each input by the name of its tensor, the name that it gets.
+        outputs: The same for the outputs, in the order that they get.
+        opset: Version of the ONNX operator set.
+        rewriters: Functions of a graph of tf2onnx and a list of its nodes that change the graph and return all nodes.
+    """
+    import tensorflow as tf
+    from tf2onnx.optimizer import optimize_graph
+    from tf2onnx.tfonnx import process_tf_graph
+
+    with tf.device("/CPU:0"), tf.Graph().as_default() as imported:
+        tf.import_graph_def(graph, name="")
+        converted = process_tf_graph(
+            imported,
+            continue_on_error=True,
+            opset=opset,
+            custom_rewriter=rewriters,
+            input_names=[*inputs],
+            output_names=[*outputs],
+            tensors_to_rename={**inputs, **outputs},
+        )
+        return optimize_graph(converted).make_model("keras_proxynorm")

@@ -262,3 +262,56 @@ def test_metrics_are_updated():
     logs, after = compat.update_metrics(model, before, np.float32(4), x, y, model(x), None)
     assert (float(logs["loss"]), float(logs["mae"])) == (4, 1)
     assert len(after) == len(before) and any(np.any(a != b) for a, b in zip(after, before, strict=True))
+
+
+def traced(function, *shapes):
+    import tensorflow as tf
+
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
+
+
+@tensorflow_only
+@without_it("grouped convolutions and models with variables cannot be exported to ONNX")
+def test_graphs_are_frozen():
+    import tensorflow as tf
+
+    compiled = tf.function(lambda x: x * 2.0, jit_compile=True)
+    variable = tf.Variable(tf.ones((3, 3)))
+    concrete = traced(lambda x: compiled(tf.matmul(x, variable)), (1, 3))
+    graph = compat.frozen_graph(concrete, ["x:0"], [concrete.outputs[0].name])
+    operations = {node.op for node in graph.node}
+    assert {"MatMul", "Mul"} < operations and not any("Call" in op or "Variable" in op for op in operations)
+
+
+@tensorflow_only
+@without_it("exports to ONNX compute the moments of the proxies at each inference")
+def test_constants_of_graphs_are_folded():
+    import tensorflow as tf
+
+    concrete = traced(lambda x: x + tf.exp(tf.ones(())), (2,))
+    graph = compat.optimized_graph(concrete.graph.as_graph_def(add_shapes=True), ["x:0"], [concrete.outputs[0].name])
+    assert not any(node.op == "Exp" for node in graph.node)
+
+
+@tensorflow_only
+@without_it("no opset can be checked")
+def test_highest_opset():
+    pytest.importorskip("tf2onnx")
+    assert 17 <= compat.highest_opset() < 100
+
+
+@tensorflow_only
+@without_it("nothing can be exported to ONNX")
+def test_graphs_become_onnx():
+    pytest.importorskip("tf2onnx")
+    concrete = traced(lambda x: -x, (2, 3))
+    graph, seen = concrete.graph.as_graph_def(add_shapes=True), []
+
+    def rewrite(graph, nodes):
+        seen.extend(node.type for node in nodes)
+        return nodes
+
+    proto = compat.onnx_of_graph(graph, {"x:0": "input"}, {concrete.outputs[0].name: "output"}, 17, [rewrite])
+    assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == ["input", "output"]
+    assert [node.op_type for node in proto.graph.node] == ["Neg"] and "Neg" in seen

@@ -1,5 +1,7 @@
 """What stands in the ONNX file: the operations that engines have kernels for, constants as constants."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from onnx_files import run_onnx
 from onnx_files import run_openvino
 
 import keras_proxynorm as kp
+from keras_proxynorm import compat
 from keras_proxynorm.export import export_onnx
 from keras_proxynorm.export import fold
 
@@ -63,7 +66,6 @@ def test_zeros_for_several(tmp_path):
 
 
 HARD_SIGMOIDS = {
-    "hard_silu": lambda x: layers.Activation("hard_silu")(x),
     "hard_sigmoid": lambda x: layers.Activation("hard_sigmoid")(x),
     "of MobileNetV3": lambda x: layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0),
     "divided": lambda x: layers.ReLU(6.0)(3.0 + x) / 6.0,
@@ -88,6 +90,29 @@ def test_hard_sigmoid(function, tmp_path):
     (node,) = [node for node in proto.graph.node if node.op_type == "HardSigmoid"]
     attributes = {attribute.name: attribute.f for attribute in node.attribute}
     np.testing.assert_allclose([attributes["alpha"], attributes["beta"]], [1 / 6, 0.5], rtol=1e-6)
+
+
+HARD_SWISHES = {
+    "hard_silu": lambda x: layers.Activation("hard_silu")(x),
+    "of MobileNetV3": lambda x: layers.Multiply()([x, HARD_SIGMOIDS["of MobileNetV3"](x)]),
+    "other order": lambda x: layers.Multiply()([HARD_SIGMOIDS["divided"](x), x]),
+}
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("function", HARD_SWISHES)
+def test_hard_swish(function, opset, tmp_path):
+    model = chain(layers.Conv2D(4, 2), HARD_SWISHES[function])
+    nodes = count(exported(model, tmp_path, 5 * normal(1, 6, 6, 4), opset=opset))
+    # Opset 13 has no HardSwish.
+    assert (nodes["HardSwish"], nodes["HardSigmoid"]) == ((1, 0) if opset > 13 else (0, 1))
+    assert nodes["Clip"] == 0 and nodes["Mul"] == nodes["HardSigmoid"]
+
+
+def test_hard_sigmoid_of_something_else_is_no_hard_swish(tmp_path):
+    model = chain(lambda x: layers.Multiply()([x, layers.Activation("hard_sigmoid")(layers.Conv2D(4, 1)(x))]))
+    nodes = count(exported(model, tmp_path, 5 * normal(1, 6, 6, 4)))
+    assert (nodes["HardSwish"], nodes["HardSigmoid"], nodes["Mul"]) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("function", NO_HARD_SIGMOIDS)
@@ -132,6 +157,15 @@ def test_grouped_convolutions(groups, filters, tmp_path):
     )
     proto = exported(randomize(model), tmp_path, normal(2, 6, 6, 4))
     assert count(proto)["Conv"] <= 3 and count(proto)["Split"] == count(proto)["Transpose"] - 2 == 0
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_several_biases(use_bias, tmp_path):
+    import tensorflow as tf
+
+    # tf2onnx makes an input of a convolution of each of two.
+    biases = [layers.Lambda(lambda x, i=i: tf.nn.bias_add(x, tf.constant([i, 2.0, -3.0]))) for i in range(3)]
+    exported(chain(layers.Conv2D(3, 2, use_bias=use_bias), *biases), tmp_path, normal(1, 6, 6, 4))
 
 
 BLOCKS = {
@@ -283,7 +317,8 @@ def test_metadata(tmp_path):
     _, report = fold(model, return_report=True)
     assert (proto.producer_name, proto.producer_version) == ("keras_proxynorm", kp.__version__)
     properties = {entry.key: entry.value for entry in proto.metadata_props}
-    assert properties == {"keras_proxynorm": kp.__version__, "keras": keras.__version__, "folded": str(report)}
+    folded = report.summary()
+    assert properties == {"keras_proxynorm": kp.__version__, "keras": keras.__version__, "folded": folded}
     session = ort.InferenceSession(tmp_path / "model.onnx")
     assert session.get_modelmeta().custom_metadata_map == properties
     unfolded = onnx.load(export_onnx(model, tmp_path / "unfolded.onnx", fold=False))
@@ -307,3 +342,57 @@ def test_no_form_in_onnx_leaves_the_old_file(overwrite, tmp_path, files):
     with pytest.raises(ValueError if overwrite else FileExistsError):
         export_onnx(model, path, overwrite=overwrite)
     assert files() == ["model.onnx"] and path.read_bytes() == before
+
+
+def test_threads_export_at_once(tmp_path):
+    import tensorflow as tf
+
+    run_eagerly = []
+
+    @keras.saving.register_keras_serializable("tests")
+    class Observer(layers.Layer):
+        def call(self, x):
+            run_eagerly.append(tf.config.functions_run_eagerly())
+            return x
+
+    def image_model(activation):
+        blocks = [layers.Conv2D(8, 3, groups=2), kp.GroupNormProxy(4, activation=activation), Observer()]
+        return randomize(chain(*blocks, layers.Conv2D(4, 3)))
+
+    models = [
+        image_model("silu"),
+        image_model("gelu"),
+        chain(layers.LSTM(6), Observer(), shape=(5, 4)),
+        chain(layers.GRU(5), Observer(), shape=(5, 4)),
+    ]
+    refused = chain(Observer(), layers.Lambda(ops.erfinv, name="odd_one"))
+    inputs = [normal(1, *model.input_shape[1:]) for model in models]
+    alone = [
+        run_onnx(export_onnx(model, tmp_path / "alone.onnx", overwrite=True), x)
+        for model, x in zip(models, inputs, strict=True)
+    ]
+
+    def export(i):
+        return export_onnx(models[i], tmp_path / f"{i}.onnx")
+
+    def export_refused():
+        with pytest.raises(ValueError, match="odd_one"):
+            export_onnx(refused, tmp_path / "refused.onnx")
+
+    with ThreadPoolExecutor(5) as pool:
+        refusal = pool.submit(export_refused)
+        paths = list(pool.map(export, range(4)))
+        refusal.result()
+    for path, x, expected in zip(paths, inputs, alone, strict=True):
+        assert_equal(run_onnx(path, x), expected, 1e-6)
+    assert len(run_eagerly) > 5 and not any(run_eagerly)
+
+
+def test_faults_of_the_converter_are_not_blamed_on_the_model(tmp_path, monkeypatch, files):
+    def fail(*arguments):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(compat, "onnx_of_graph", fail)
+    with pytest.raises(TypeError, match="a fault") as error:
+        export_onnx(chain(layers.Dense(2)), tmp_path / "model.onnx")
+    assert "tf2onnx" in error.value.__notes__[0] and files() == []

@@ -195,7 +195,7 @@ MODELS = {
     slices: ((6, 8, 4), 0),
     channels_last_inside: ((6, 8, 4), 0),
     channels_first: ((4, 6, 8), 0),
-    sequence: ((20, 4), 0),
+    sequence: ((20, 4), 1),
     volume: ((8, 8, 8, 2), 0),
     recurrent: ((10, 4), 5),
     flatten: ((6, 8, 4), 1),
@@ -425,9 +425,8 @@ def test_nothing_to_do():
 
 def test_never_more_than_before():
     proto = parsed(
-        "(float[N,4,4] x) => (float[N,4,4] a, float[N,4,4] b, float[N,4,4] c) <int64 axis = {1}> {"
-        "r = Relu(x) a = CumSum(r, axis) n = Neg(x) b = CumSum(n, axis) t = Transpose<perm=[0,2,1]>(x)"
-        "c = CumSum(t, axis) }"
+        "(float[N,4,4] x) => (float[N,4,4] u, float[N,4,4] y, float[N,4,4] z) <int64 axis = {1}> { u = Neg(x)"
+        "t = Transpose<perm=[0,2,1]>(u) y = CumSum(t, axis) r = Relu(t) z = CumSum(r, axis) }"
     )
     assert rewritten(proto).graph == proto.graph
 
