@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -30,29 +32,31 @@ def export_onnx(
     path: str | os.PathLike,
     *,
     batch_size: int | None = 1,
-    input_shape=None,
+    input_shape: Sequence | Mapping | None = None,
     opset: int | None = None,
     dynamic_batch: bool = False,
     fold: bool = True,
-    verify: bool | Callable = True,
+    verify: bool | Callable[..., object] = True,
     float16_weights: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Writes a model as an ONNX file, for ONNX Runtime, OpenVINO and other inference engines.
 
-    The file has the forward pass only. Its inputs have the names of the model's inputs, its outputs the keys of the
-    model's output or the names of the layers that they come from, in the model's order. What depends on weights alone,
-    the moments of the proxies above all, is computed here and stored as constants. A normalization is an
-    InstanceNormalization and a convolution, for which these engines have fast kernels, and images are transposed at the
-    input and nowhere else. The metadata of the file say what made it and what was folded. The file appears under its
-    name only when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
+    The file contains the forward pass only. Its inputs have the names of the model's inputs. Its outputs have the keys
+    of the model's output, or the names of the layers that they come from, and are in the model's order. Whatever
+    depends only on weights, such as the moments of the proxies, is stored as constants. A normalization becomes an
+    InstanceNormalization and a convolution, for which these engines have fast kernels, and images are transposed once,
+    at the input. The metadata of the file say what made it and what was folded. The file appears under its name only
+    when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
 
-    ONNX Runtime sums up the statistics of a group in float32: over a million elements they are off by 2e-4 of the
+    ONNX Runtime computes the statistics of a group in float32: over a million elements they are off by 2e-4 of the
     standard deviation, and by all of it where the mean is 1e4 times as large. `verify` looks for that.
 
-    The weights of models of more than 1.5 GB go into a second file beside it, ``<name>-<random digits>.data``. Export
-    takes memory of about four times the size of the weights, the model and its folded copy among them; forty times
-    that of weights that layers do not read as they are, such as those of recurrent layers and of LoRA.
+    If the weights take more than 1.5 GB, they go into a second file beside the first, ``<name>-<random digits>.data``.
+    The export takes about four times the memory of the weights, the model and its folded copy included; and about
+    forty times that of large weights that are not read as they are, such as those of recurrent layers and of LoRA.
+
+    Any number of threads may export at once. The part of the work that tf2onnx does is done for one at a time.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
@@ -100,10 +104,10 @@ def export_onnx(
     >>> [(tensor.name, tensor.shape) for tensor in session.get_outputs()]
     [('features', [1, 6, 6, 16])]
     """
-    path = local_path("path", path)
-    if path.is_dir():
-        raise ValueError(f"Argument `path` must be a file, not a directory. Received: path={str(path)!r}")
-    check_free(path, overwrite)
+    target = local_path("path", path)
+    if target.is_dir():
+        raise ValueError(f"Argument `path` must be a file, not a directory. Received: path={str(target)!r}")
+    check_free(target, overwrite)
     opset = check_opset(opset)
     if dynamic_batch:
         if batch_size not in (None, 1):
@@ -113,8 +117,8 @@ def export_onnx(
             )
         batch_size = None
     if verify is True:
-        fitting_runtimes(path)
-    # First of all, because it checks the arguments.
+        fitting_runtimes(target)
+    # Checks the arguments, before anything that takes time.
     serving_function(model, batch_size, input_shape)
     served, folded = model, "nothing"
     if float16_weights:
@@ -126,32 +130,32 @@ def export_onnx(
     if float16_weights:
         store_as_float16(proto, arrays)
     _describe(proto, folded)
-    old, new = data_files(path), None
+    old, new = data_files(target), None
     try:
-        with replacing(path, overwrite) as temporary:
-            data = save(proto, arrays, temporary, path.name)
-            # What checks the file needs the memory.
+        with replacing(target, overwrite) as temporary:
+            data = save(proto, arrays, temporary, target.name)
+            # Checking the file needs the memory.
             del proto, arrays
             _check(temporary, opset)
             if verify is True:
-                # Rounding the kernels was asked for; nothing else may differ.
+                # The user asked for rounded kernels; nothing else may differ.
                 verify_served(model, served if float16_weights else model, temporary, input_shape=input_shape)
             elif verify:
                 verify(model, temporary, input_shape=input_shape)
             if data is not None:
-                # First, because the file refers to it. The old file refers to another.
-                new = data.replace(path.parent / data.name)
+                # First, because the file refers to it. An old file refers to another.
+                new = data.replace(target.parent / data.name)
     except BaseException:
         if new is not None:
             new.unlink()
         raise
     for name in old:
-        (path.parent / name).unlink(missing_ok=True)
-    return path
+        (target.parent / name).unlink(missing_ok=True)
+    return target
 
 
 def _with_float16_kernels(model, fold):
-    """The folded model with kernels that float16 can hold, and what was folded."""
+    """The folded model with kernels rounded to float16, and what was folded."""
     if not fold:
         raise ValueError(
             "Argument `float16_weights` needs fold=True, which makes a copy of the model that can be changed. "

@@ -164,7 +164,7 @@ def _consumers(graph):
             nodes[name.partition(":")[0]].append(node)
 
     def types(name):
-        found = set()
+        found: set[str] = set()
         for node in nodes[name.partition(":")[0]]:
             found |= types(node.name) if node.op in _TENSORFLOW_RESHAPING else {node.op}
         return found

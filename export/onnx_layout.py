@@ -187,7 +187,7 @@ class _Rewriter:
                 base, own = self.view(name)
                 name = self.transposed(base, _compose(own, _inverse(perm)))
             elif name in self.constants:
-                value = self.array(name)
+                value = value_of(self.constants[name], self.arrays)
                 value = value.reshape((1,) * (rank - value.ndim) + value.shape)
                 name = self.constant(name, value.transpose(_inverse(perm)))
             inputs.append(self.value(name))

@@ -40,7 +40,7 @@ def value_of(tensor, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def store_as_float16(proto, arrays: dict[str, np.ndarray]) -> None:
-    """Stores the weights that float16 can hold as float16, behind casts that an engine computes when it loads them."""
+    """Stores the weights that float16 can hold as float16, with casts that an engine computes when it loads them."""
     import onnx
 
     casts = []

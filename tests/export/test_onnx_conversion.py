@@ -1,4 +1,4 @@
-"""What stands in the ONNX file: the operations that engines have kernels for, constants as constants."""
+"""The contents of ONNX files: operations that engines have kernels for, and constants."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,8 +43,8 @@ every_pooling = pytest.mark.parametrize("pooling", [layers.MaxPooling2D, layers.
 
 @every_pooling
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (0, 2))])
-def test_zeros_in_front_of_a_pooling(pooling, padding, tmp_path):
-    # ONNX Runtime takes the padding into the pooling, which leaves padding out: wrong for values below zero.
+def test_zeros_before_a_pooling(pooling, padding, tmp_path):
+    # ONNX Runtime merges the padding into the pooling, which leaves padding out: wrong for values below zero.
     x = -1 - np.abs(normal(1, 6, 6, 4))
     model = chain(layers.ZeroPadding2D(padding), pooling(3, 2))
     assert (np.asarray(model(x)).max() == 0) == (pooling is layers.MaxPooling2D)
@@ -52,7 +52,7 @@ def test_zeros_in_front_of_a_pooling(pooling, padding, tmp_path):
 
 
 @every_pooling
-def test_zeros_in_front_of_poolings_behind_a_norm(pooling, tmp_path):
+def test_zeros_before_poolings_after_a_norm(pooling, tmp_path):
     norm = kp.GroupNormProxy(2, activation="silu")
     model = chain(norm, layers.ZeroPadding2D(1), pooling(3, 2), layers.Conv2D(4, 1))
     exported(randomize(model), tmp_path, normal(2, 6, 6, 4))
@@ -175,7 +175,7 @@ BLOCKS = {
 }
 
 
-# With what stays behind the relu in front of a padded convolution, it is a convolution and a sum more.
+# With the scale and offset that stay between the relu and a padded convolution: a convolution and a sum more.
 @pytest.mark.parametrize("size, most", [(1, 6), (3, 8)])
 @pytest.mark.parametrize("batch_size", [1, None])
 @pytest.mark.parametrize("block", BLOCKS)

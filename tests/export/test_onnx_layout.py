@@ -1,4 +1,4 @@
-"""Graphs without their transpositions give what they gave before, and those that are left have a reason to be there."""
+"""Graphs without their transposes compute what they computed before, and those that are left have a reason."""
 
 import contextlib
 
@@ -35,7 +35,7 @@ def rewritten(proto):
 
 
 def inner(proto):
-    """The transpositions that are not next to an input or an output of the graph."""
+    """The transposes that are not next to an input or an output of the graph."""
     inputs, outputs = ({value.name for value in values} for values in (proto.graph.input, proto.graph.output))
     return [
         node
@@ -184,7 +184,7 @@ def flatten(x):
     return layers.Dense(3)(layers.Flatten()(conv(8, activation="relu")(x)))
 
 
-# Each with the shape of its input, and the transpositions that have to stay inside.
+# Each with the shape of its input, and the transposes that have to stay inside.
 MODELS = {
     activations: ((6, 8, 4), 0),
     norms: ((6, 8, 4), 0),
@@ -249,7 +249,7 @@ def test_families(family, top):
 
 
 class RandomGraph:
-    """Operations on random tensors of a few elements, half of them transpositions."""
+    """Operations on random tensors of a few elements, half of them transposes."""
 
     def __init__(self, seed, opset):
         self.rng = np.random.default_rng(seed)
@@ -307,7 +307,7 @@ class RandomGraph:
             self.add(self.rng.choice(["Add", "Mul", "Max"]), [x, other], result)
 
     def reshape(self, x, shape):
-        # The batch stays in front, wherever the transpositions have put it.
+        # The first axis stays the first, wherever the transposes have put it.
         new = [*shape[1:]] or [1]
         i = self.rng.integers(len(new))
         kind = self.rng.integers(4)
@@ -431,7 +431,7 @@ def test_never_more_than_before():
     assert rewritten(proto).graph == proto.graph
 
 
-def test_one_transposition_for_all_who_need_it():
+def test_one_transpose_for_all_that_need_it():
     proto = parsed(
         "(float[N,4,5] x) => (float[N,5,2] y, float[N,5,2] z) <float[4,2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {"
         "a = Transpose<perm=[0,2,1]>(x) b = Transpose<perm=[0,2,1]>(x) y = MatMul(a, w) z = MatMul(b, w) }"
