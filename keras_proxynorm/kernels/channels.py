@@ -7,14 +7,14 @@ from keras_proxynorm.moments import Tensor
 __all__ = ["broadcast", "by_channels", "by_groups", "repeat"]
 
 
-def broadcast(values: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
+def broadcast(values: Tensor | None, like: Tensor, axis: int) -> Tensor:
     """Values of the channels, or of each sample and channel, shaped to broadcast against `like`; None stays None."""
     if values is None:
         return None
     return ops.reshape(values, (-1, *(size if i == axis else 1 for i, size in enumerate(like.shape[1:], 1))))
 
 
-def by_groups(values: Tensor | None, groups: int, axis: int) -> Tensor | None:
+def by_groups(values: Tensor | None, groups: int, axis: int) -> Tensor:
     """Values of the channels, in the shape ``(batch, groups, channels of a group)``; None stays None.
 
     Args:
