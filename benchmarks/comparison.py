@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import classifiers
+import comparison_table
 import grids
 import keras
 import networks
@@ -26,29 +27,8 @@ import networks
 from keras_proxynorm import replace_normalization
 from keras_proxynorm.training import SharpnessAwareMinimization
 
-RESULTS = grids.ROOT / "docs" / "comparison" / "compare.csv"
 SAM_ON = "+sam_on"
-NORMALIZATIONS = (
-    "batch_norm",
-    "none",
-    "group_norm_proxy",
-    "layer_norm_proxy",
-    "group_norm",
-    "layer_norm",
-    "instance_norm",
-    "ghost_batch_norm",
-    "instance_enhancement_batch_norm",
-    "batch_group_norm",
-    "cross_iteration_batch_norm",
-    "conv_norm",
-    "variance_norm",
-    "filter_response_norm",
-    "evonorm_s0",
-    "evonorm_b0",
-    "weight_standardization",
-    "weight_normalization",
-    "batch_norm" + SAM_ON,
-)
+NORMALIZATIONS = [name for _, name, _ in comparison_table.ROWS]
 BATCH_SIZES = (64, 8, 2)
 SIZES = classifiers.Sizes(6000, 0, 2000, 5)
 DEPTH = 9
@@ -169,7 +149,7 @@ def parse_arguments():
     grids.add_list(parser, "normalizations", NORMALIZATIONS, choices=NORMALIZATIONS)
     grids.add_list(parser, "batch-sizes", BATCH_SIZES, int)
     parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="with the four IDX files")
-    grids.add_arguments(parser, RESULTS, seeds=(0,), rate=RATE)
+    grids.add_arguments(parser, comparison_table.COMPARISON, seeds=(0,), rate=RATE)
     arguments = parser.parse_args()
     grids.check_positive(parser, arguments, "batch_sizes")
     arguments.fashion_mnist = classifiers.check_fashion_mnist(parser, arguments.fashion_mnist)

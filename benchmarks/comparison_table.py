@@ -15,7 +15,7 @@ from measurement import read_rows
 ROOT = Path(__file__).parents[1]
 COMPARISON = ROOT / "docs" / "comparison" / "compare.csv"
 COST_BATCH_SIZES, BATCH_SIZES = (8, 64), (2, 8, 64)
-# The paper, what it is called here, and the limit cases with their tests.
+# The paper, the name here, and the limit cases with their tests.
 ROWS = [
     (
         "Santurkar et al., 2018 ([1805.11604](https://arxiv.org/abs/1805.11604)): batch norm",
