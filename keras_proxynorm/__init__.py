@@ -4,13 +4,9 @@ import os
 import warnings
 
 import keras_proxynorm.folding  # noqa: F401  (it registers the layer of folded models, for files that have it)
-from keras_proxynorm.kernels import reduction
-from keras_proxynorm.kernels import set_reduction
-from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.layers import LayerNormProxy
-from keras_proxynorm.layers import ProxyActivation
-from keras_proxynorm.moments import activation_moments
-from keras_proxynorm.moments import register_activation
+from keras_proxynorm.kernels import reduction, set_reduction
+from keras_proxynorm.layers import GroupNormProxy, LayerNormProxy, ProxyActivation
+from keras_proxynorm.moments import activation_moments, register_activation
 from keras_proxynorm.surgery import replace_normalization
 from keras_proxynorm.training import exclude_norm_from_weight_decay
 

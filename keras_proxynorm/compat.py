@@ -4,8 +4,7 @@ Each function has a test that says what broke if a new version moves the name.
 """
 
 from collections.abc import Iterator
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 

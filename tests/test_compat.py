@@ -9,8 +9,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import tensorflow_only
+from backends import BACKEND, tensorflow_only
 
 import keras_proxynorm
 from keras_proxynorm import compat

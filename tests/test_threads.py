@@ -7,17 +7,13 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensorflow_only
+from backends import numpy, tensorflow_only
 from folding.test_folding import gated_model
-from layers.samples import normal
-from layers.samples import randomize
+from layers.samples import normal, randomize
 
 import keras_proxynorm as kp
 from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import fold
+from keras_proxynorm.export import export_onnx, export_saved_model, fold
 
 L = keras.layers
 

@@ -7,8 +7,7 @@ from keras_proxynorm.baselines.evonorm_b0 import EvoNormB0
 from keras_proxynorm.baselines.evonorm_s0 import EvoNormS0
 from keras_proxynorm.baselines.example_weighing import choose_inference_example_weight
 from keras_proxynorm.baselines.filter_response import FilterResponseNormalization
-from keras_proxynorm.baselines.ghost_batch import GhostBatchNormalization
-from keras_proxynorm.baselines.ghost_batch import L2TowardOne
+from keras_proxynorm.baselines.ghost_batch import GhostBatchNormalization, L2TowardOne
 from keras_proxynorm.baselines.instance_enhancement import InstanceEnhancementBatchNormalization
 from keras_proxynorm.baselines.variance import VarianceNormalization
 from keras_proxynorm.baselines.weight_normalization import WeightNormalization

@@ -8,15 +8,9 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.baselines.batch_statistics import Moments
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import normalize
-from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.baselines.moving_statistics import affine_at_inference
+from keras_proxynorm.arguments import argument_error, as_boolean, as_positive_integer
+from keras_proxynorm.baselines.batch_statistics import Moments, channel_moments, merge, normalize
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import Shape
 

@@ -11,8 +11,7 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.kernels.statistics import group_moments
-from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.kernels.statistics import group_moments, group_size
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "unbiased"]

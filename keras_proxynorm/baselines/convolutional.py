@@ -7,14 +7,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.baselines.frequencies import filter_frequencies
-from keras_proxynorm.baselines.frequencies import kernel_power
+from keras_proxynorm.arguments import as_boolean, as_fraction, as_nonnegative
+from keras_proxynorm.baselines.frequencies import filter_frequencies, kernel_power
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import InitializerLike, Shape
 
 __all__ = ["ConvolutionalNormalization"]
 

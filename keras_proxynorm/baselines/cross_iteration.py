@@ -7,21 +7,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_choice
-from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.arguments import as_nonnegative_integer
-from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.baselines.batch_statistics import Moments
-from keras_proxynorm.baselines.batch_statistics import batch_count
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import normalize
-from keras_proxynorm.baselines.batch_statistics import unbiased
+from keras_proxynorm.arguments import (
+    as_choice,
+    as_fraction,
+    as_nonnegative,
+    as_nonnegative_integer,
+    as_positive_integer,
+)
+from keras_proxynorm.baselines.batch_statistics import Moments, batch_count, channel_moments, merge, normalize, unbiased
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.baselines.moving_statistics import add_moving
-from keras_proxynorm.baselines.moving_statistics import affine_at_inference
-from keras_proxynorm.baselines.moving_statistics import move
+from keras_proxynorm.baselines.moving_statistics import add_moving, affine_at_inference, move
 from keras_proxynorm.baselines.patches import moment_derivatives
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.base import Shape

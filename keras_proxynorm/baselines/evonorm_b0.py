@@ -7,14 +7,11 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import unbiased
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge, unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import InitializerLike, Shape
 
 __all__ = ["EvoNormB0"]
 

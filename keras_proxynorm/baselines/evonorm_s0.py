@@ -6,19 +6,11 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_groups
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.arguments import check_divides_channels
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import unbiased
+from keras_proxynorm.arguments import as_boolean, as_groups, as_nonnegative, check_divides_channels
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge, unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import Shape
-from keras_proxynorm.layers.base import values_per_group
+from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["EvoNormS0"]

@@ -1,13 +1,11 @@
 """Chooses the weight that a sample has in its own statistics at inference, for ghost batch normalization."""
 
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_choice
+from keras_proxynorm.arguments import argument_error, as_choice
 from keras_proxynorm.baselines.ghost_batch import GhostBatchNormalization
 from keras_proxynorm.compat import layers_inside
 

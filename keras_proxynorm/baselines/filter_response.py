@@ -6,15 +6,11 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import as_boolean, as_nonnegative
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.statistics import group_size
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import Shape
-from keras_proxynorm.layers.base import values_per_group
+from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["FilterResponseNormalization"]

@@ -6,17 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.arguments import as_positive_integer_or_none
-from keras_proxynorm.arguments import check_divides_channels
-from keras_proxynorm.baselines.batch_statistics import Moments
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import mix
-from keras_proxynorm.baselines.batch_statistics import normalize
-from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.baselines.moving_statistics import affine_at_inference
+from keras_proxynorm.arguments import as_fraction, as_nonnegative, as_positive_integer_or_none, check_divides_channels
+from keras_proxynorm.baselines.batch_statistics import Moments, channel_moments, merge, mix, normalize
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["GhostBatchNormalization", "L2TowardOne"]

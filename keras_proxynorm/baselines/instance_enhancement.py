@@ -6,15 +6,9 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.baselines.batch_statistics import Moments
-from keras_proxynorm.baselines.batch_statistics import batch_count
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import normalize
-from keras_proxynorm.baselines.batch_statistics import unbiased
+from keras_proxynorm.baselines.batch_statistics import Moments, batch_count, channel_moments, merge, normalize, unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.layers.base import InitializerLike, Shape
 
 __all__ = ["InstanceEnhancementBatchNormalization"]
 

@@ -7,15 +7,11 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import argument_error, as_nonnegative
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.activations import WithActivation
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import Shape
-from keras_proxynorm.moments import Tensor
-from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.layers.base import ActivationLike, NormalizationLayer, Shape
+from keras_proxynorm.moments import Tensor, computation_dtype
 
 __all__ = ["ActivatedKernelNormalization", "KernelNormalization", "square_root"]
 

@@ -6,10 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_fraction
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import Shape
+from keras_proxynorm.arguments import as_fraction, as_nonnegative
+from keras_proxynorm.layers.base import NormalizationLayer, Shape
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["MovingStatisticsLayer", "add_moving", "affine_at_inference", "move"]

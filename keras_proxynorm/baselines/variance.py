@@ -7,10 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
-from keras_proxynorm.baselines.moving_statistics import affine_at_inference
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
 from keras_proxynorm.kernels.channels import broadcast
 
 __all__ = ["VarianceNormalization"]

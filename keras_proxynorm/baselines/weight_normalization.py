@@ -4,8 +4,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
-from keras_proxynorm.baselines.kernel_normalization import square_root
+from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization, square_root
 
 __all__ = ["WeightNormalization"]
 

@@ -7,8 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization
-from keras_proxynorm.baselines.kernel_normalization import square_root
+from keras_proxynorm.baselines.kernel_normalization import ActivatedKernelNormalization, square_root
 
 __all__ = ["WeightStandardization"]
 

@@ -1,16 +1,13 @@
 """Batches, one at a time, of any data that `fit` takes."""
 
 import itertools
-from collections.abc import Iterable
-from collections.abc import Iterator
-from typing import Any
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
-from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.arguments import as_positive_integer_or_none
+from keras_proxynorm.arguments import as_positive_integer, as_positive_integer_or_none
 
 __all__ = ["Batch", "batches"]
 

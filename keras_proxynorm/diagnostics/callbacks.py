@@ -3,8 +3,7 @@
 import abc
 import importlib.util
 import os
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras

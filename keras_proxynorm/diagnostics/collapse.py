@@ -2,16 +2,13 @@
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.diagnostics.power import PowerDecomposition
-from keras_proxynorm.diagnostics.power import channel_powers
-from keras_proxynorm.diagnostics.power import decomposition
+from keras_proxynorm.diagnostics.power import PowerDecomposition, channel_powers, decomposition
 from keras_proxynorm.diagnostics.tables import LayerTable
 from keras_proxynorm.layers import ProxyActivation
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer

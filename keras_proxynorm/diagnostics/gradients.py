@@ -1,8 +1,7 @@
 """The loss of a model as a function, and its gradients, on each backend of Keras."""
 
 from collections.abc import Callable
-from typing import Any
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops

@@ -8,15 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.arguments import argument_error, check_built_model
 from keras_proxynorm.compat import layers_inside
-from keras_proxynorm.diagnostics.batches import Batch
-from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.gradients import LossLike
-from keras_proxynorm.diagnostics.gradients import batch_loss
-from keras_proxynorm.diagnostics.gradients import compiled_value_and_gradients
-from keras_proxynorm.diagnostics.gradients import norm
+from keras_proxynorm.diagnostics.batches import Batch, batches
+from keras_proxynorm.diagnostics.gradients import LossLike, batch_loss, compiled_value_and_gradients, norm
 from keras_proxynorm.diagnostics.plots import plot_landscape
 from keras_proxynorm.observation.calls import left_unchanged
 

@@ -1,8 +1,7 @@
 """The four power terms of the normalized pre-activation of each layer, which show collapse."""
 
 from dataclasses import dataclass
-from typing import Any
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -12,17 +11,9 @@ from keras_proxynorm.diagnostics.batches import batches
 from keras_proxynorm.diagnostics.plots import plot_powers
 from keras_proxynorm.diagnostics.streaming import ChannelPowers
 from keras_proxynorm.diagnostics.tables import LayerTable
-from keras_proxynorm.observation.calls import check_all_seen
-from keras_proxynorm.observation.calls import is_visible
-from keras_proxynorm.observation.calls import left_unchanged
-from keras_proxynorm.observation.calls import normalized_input
-from keras_proxynorm.observation.calls import observed
-from keras_proxynorm.observation.channels import channel_axis
-from keras_proxynorm.observation.channels import channel_moments
-from keras_proxynorm.observation.layers import LayerChoice
-from keras_proxynorm.observation.layers import choose
-from keras_proxynorm.observation.layers import distinct
-from keras_proxynorm.observation.layers import is_normalization
+from keras_proxynorm.observation.calls import check_all_seen, is_visible, left_unchanged, normalized_input, observed
+from keras_proxynorm.observation.channels import channel_axis, channel_moments
+from keras_proxynorm.observation.layers import LayerChoice, choose, distinct, is_normalization
 
 __all__ = ["PowerDecomposition", "channel_powers", "decomposition", "power_decomposition"]
 

@@ -9,24 +9,13 @@ from keras import ops
 
 from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches
-from keras_proxynorm.diagnostics.gradients import LossLike
-from keras_proxynorm.diagnostics.gradients import batch_loss
-from keras_proxynorm.diagnostics.gradients import norm
-from keras_proxynorm.diagnostics.gradients import value_and_gradients
+from keras_proxynorm.diagnostics.gradients import LossLike, batch_loss, norm, value_and_gradients
 from keras_proxynorm.diagnostics.plots import plot_signal
-from keras_proxynorm.diagnostics.streaming import ChannelPowers
-from keras_proxynorm.diagnostics.streaming import StreamingMoments
+from keras_proxynorm.diagnostics.streaming import ChannelPowers, StreamingMoments
 from keras_proxynorm.diagnostics.tables import LayerTable
-from keras_proxynorm.observation.calls import check_all_seen
-from keras_proxynorm.observation.calls import is_visible
-from keras_proxynorm.observation.calls import left_unchanged
-from keras_proxynorm.observation.calls import observed
-from keras_proxynorm.observation.channels import channel_axis
-from keras_proxynorm.observation.channels import channel_moments
-from keras_proxynorm.observation.layers import LayerChoice
-from keras_proxynorm.observation.layers import choose
-from keras_proxynorm.observation.layers import distinct
-from keras_proxynorm.observation.layers import has_activation
+from keras_proxynorm.observation.calls import check_all_seen, is_visible, left_unchanged, observed
+from keras_proxynorm.observation.channels import channel_axis, channel_moments
+from keras_proxynorm.observation.layers import LayerChoice, choose, distinct, has_activation
 
 __all__ = ["SignalPropagation", "signal_propagation"]
 

@@ -1,8 +1,7 @@
 """A table with a row for each layer, which the results of diagnostics are."""
 
 import abc
-from typing import Any
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 

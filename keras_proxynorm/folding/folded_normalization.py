@@ -8,12 +8,9 @@ from keras import ops
 
 from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.compat import layers_inside
-from keras_proxynorm.folding.forms import FORMS
-from keras_proxynorm.folding.forms import Constants
-from keras_proxynorm.folding.forms import normalize_and_activate
+from keras_proxynorm.folding.forms import FORMS, Constants, normalize_and_activate
 from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.moments import computation_dtype
-from keras_proxynorm.moments import resolve_activation
+from keras_proxynorm.moments import computation_dtype, resolve_activation
 
 __all__ = ["FoldedNormalization", "set_form"]
 

@@ -3,20 +3,14 @@
 import collections
 import warnings
 from dataclasses import dataclass
-from typing import Literal
-from typing import overload
+from typing import Literal, overload
 
 import keras
 
-from keras_proxynorm.folding.planning import FoldPlan
-from keras_proxynorm.folding.planning import plan_folding
+from keras_proxynorm.folding.planning import FoldPlan, plan_folding
 from keras_proxynorm.folding.rewrites import rewrites
-from keras_proxynorm.graph.reading import check_readable
-from keras_proxynorm.graph.reading import read_graphs
-from keras_proxynorm.graph.report import LEFT_ALONE
-from keras_proxynorm.graph.report import LayerEntry
-from keras_proxynorm.graph.report import Report
-from keras_proxynorm.graph.report import counted
+from keras_proxynorm.graph.reading import check_readable, read_graphs
+from keras_proxynorm.graph.report import LEFT_ALONE, LayerEntry, Report, counted
 from keras_proxynorm.graph.rewriting import clone
 
 __all__ = ["FoldReport", "fold", "fold_with_report"]

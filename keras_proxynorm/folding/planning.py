@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,25 +10,11 @@ import numpy as np
 
 from keras_proxynorm import baselines
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
-from keras_proxynorm.graph.layer_kinds import LINEAR
-from keras_proxynorm.graph.layer_kinds import data_axis
-from keras_proxynorm.graph.layer_kinds import has_activation
-from keras_proxynorm.graph.layer_kinds import normalization_axis
-from keras_proxynorm.graph.layer_kinds import overridden_methods
-from keras_proxynorm.graph.linear_weights import as_float64
-from keras_proxynorm.graph.linear_weights import fixed_weights_reason
-from keras_proxynorm.graph.reading import Call
-from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.reading import as_path
-from keras_proxynorm.graph.reading import count_calls
-from keras_proxynorm.graph.rescaling import Absorption
-from keras_proxynorm.graph.rescaling import GatedOffset
-from keras_proxynorm.graph.rescaling import Obstacle
-from keras_proxynorm.graph.rescaling import Rescaling
-from keras_proxynorm.graph.rescaling import follow_rescalings
-from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.layers import LayerNormProxy
-from keras_proxynorm.layers import ProxyActivation
+from keras_proxynorm.graph.layer_kinds import LINEAR, data_axis, has_activation, normalization_axis, overridden_methods
+from keras_proxynorm.graph.linear_weights import as_float64, fixed_weights_reason
+from keras_proxynorm.graph.reading import Call, Graph, as_path, count_calls
+from keras_proxynorm.graph.rescaling import Absorption, GatedOffset, Obstacle, Rescaling, follow_rescalings
+from keras_proxynorm.layers import GroupNormProxy, LayerNormProxy, ProxyActivation
 from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.moments import resolve_activation
 

@@ -1,24 +1,18 @@
 """The rewrites that make the inference form of a model: what becomes of normalizations and the layers around them."""
 
 import functools
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_proxynorm.folding.folded_normalization import FoldedNormalization
-from keras_proxynorm.folding.planning import Folding
-from keras_proxynorm.folding.planning import FoldPlan
+from keras_proxynorm.folding.planning import Folding, FoldPlan
 from keras_proxynorm.graph.carrying import dtype_of
-from keras_proxynorm.graph.linear_weights import WITH_BIAS
-from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.graph.linear_weights import WITH_BIAS, LinearWeights
 from keras_proxynorm.graph.reading import Graph
 from keras_proxynorm.graph.rescaling import GatedOffset
-from keras_proxynorm.graph.rewriting import Rewrite
-from keras_proxynorm.graph.rewriting import clone_layer
+from keras_proxynorm.graph.rewriting import Rewrite, clone_layer
 
 __all__ = ["rewrites"]
 

@@ -6,10 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_proxynorm.compat import copy_rematerialization
-from keras_proxynorm.compat import excludes_from_weight_decay
-from keras_proxynorm.compat import layers_inside
-from keras_proxynorm.compat import own_variables
+from keras_proxynorm.compat import copy_rematerialization, excludes_from_weight_decay, layers_inside, own_variables
 
 __all__ = [
     "cannot_clone",

@@ -6,9 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.graph.layer_kinds import DEPTHWISE
-from keras_proxynorm.graph.layer_kinds import SEPARABLE
-from keras_proxynorm.graph.layer_kinds import TRANSPOSED
+from keras_proxynorm.graph.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED
 
 __all__ = ["WITH_BIAS", "LinearWeights", "as_float64", "fixed_weights_reason"]
 

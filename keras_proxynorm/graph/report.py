@@ -1,11 +1,8 @@
 """What the reports of all passes over a model share: an entry for each layer, what was not done and why, a table."""
 
 import collections
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["LayerEntry", "Report", "counted"]

@@ -1,30 +1,25 @@
 """Follows a scale and an offset of each channel through a model, to the linear layers that can absorb them."""
 
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_proxynorm.graph.layer_kinds import CONVOLUTIONS
-from keras_proxynorm.graph.layer_kinds import LINEAR
-from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.graph.layer_kinds import TRANSPOSED
-from keras_proxynorm.graph.layer_kinds import data_axis
-from keras_proxynorm.graph.layer_kinds import has_activation
-from keras_proxynorm.graph.layer_kinds import pads_with_zeros
-from keras_proxynorm.graph.layer_kinds import passes_affine
+from keras_proxynorm.graph.layer_kinds import (
+    CONVOLUTIONS,
+    LINEAR,
+    NORMALIZATIONS,
+    TRANSPOSED,
+    data_axis,
+    has_activation,
+    pads_with_zeros,
+    passes_affine,
+)
 from keras_proxynorm.graph.linear_weights import fixed_weights_reason
-from keras_proxynorm.graph.reading import Call
-from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.reading import as_path
-from keras_proxynorm.graph.reading import count_calls
-from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.graph.reading import Call, Graph, as_path, count_calls, nested_model
 
 __all__ = ["Absorption", "Followed", "GatedOffset", "Obstacle", "Rescaling", "follow_rescalings"]
 

@@ -2,25 +2,14 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 
-from keras_proxynorm.compat import functional_call
-from keras_proxynorm.compat import lambda_output_shape
-from keras_proxynorm.graph.carrying import cannot_clone
-from keras_proxynorm.graph.carrying import carry_own_weights
-from keras_proxynorm.graph.carrying import carry_state
-from keras_proxynorm.graph.carrying import dtype_of
-from keras_proxynorm.graph.carrying import has_late_regularizers
-from keras_proxynorm.graph.reading import Call
-from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.reading import is_functional
-from keras_proxynorm.graph.reading import is_sequential
-from keras_proxynorm.graph.reading import nested_model
+from keras_proxynorm.compat import functional_call, lambda_output_shape
+from keras_proxynorm.graph.carrying import cannot_clone, carry_own_weights, carry_state, dtype_of, has_late_regularizers
+from keras_proxynorm.graph.reading import Call, Graph, is_functional, is_sequential, nested_model
 
 __all__ = ["Clone", "Rewrite", "clone", "clone_layer"]
 

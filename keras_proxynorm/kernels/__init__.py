@@ -1,12 +1,13 @@
 """Pure tensor functions: group statistics, and the normalize and activate steps."""
 
-from keras_proxynorm.kernels.proxy_norm import affine
-from keras_proxynorm.kernels.proxy_norm import affine_and_activate
-from keras_proxynorm.kernels.proxy_norm import group_normalize_and_activate
-from keras_proxynorm.kernels.proxy_norm import normalize
-from keras_proxynorm.kernels.proxy_norm import proxy_moments
-from keras_proxynorm.kernels.reductions import reduction
-from keras_proxynorm.kernels.reductions import set_reduction
+from keras_proxynorm.kernels.proxy_norm import (
+    affine,
+    affine_and_activate,
+    group_normalize_and_activate,
+    normalize,
+    proxy_moments,
+)
+from keras_proxynorm.kernels.reductions import reduction, set_reduction
 from keras_proxynorm.kernels.statistics import group_moments
 
 __all__ = [

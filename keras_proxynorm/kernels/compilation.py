@@ -2,8 +2,7 @@
 
 import keras
 
-from keras_proxynorm.compat import is_compiled_by_xla
-from keras_proxynorm.compat import xla_optimization_barrier
+from keras_proxynorm.compat import is_compiled_by_xla, xla_optimization_barrier
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["barrier"]

@@ -6,10 +6,8 @@ import keras
 from keras import ops
 
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.kernels.statistics import expand_mask
-from keras_proxynorm.kernels.statistics import group_moments
-from keras_proxynorm.moments import ElementwiseActivation
-from keras_proxynorm.moments import Tensor
+from keras_proxynorm.kernels.statistics import expand_mask, group_moments
+from keras_proxynorm.moments import ElementwiseActivation, Tensor
 
 __all__ = [
     "affine",

@@ -2,23 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
-from keras import constraints
-from keras import initializers
-from keras import ops
-from keras import regularizers
+from keras import constraints, initializers, ops, regularizers
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_integer
+from keras_proxynorm.arguments import argument_error, as_boolean, as_integer
 from keras_proxynorm.compat import own_variables
-from keras_proxynorm.moments import Tensor
-from keras_proxynorm.moments import computation_dtype
+from keras_proxynorm.moments import Tensor, computation_dtype
 
 __all__ = [
     "ActivationLike",

@@ -5,16 +5,16 @@ from typing import Any
 import keras
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_groups
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.arguments import check_divides_channels
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.layers.base import ConstraintLike
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import RegularizerLike
-from keras_proxynorm.layers.base import Shape
-from keras_proxynorm.layers.base import arguments_passed_on
-from keras_proxynorm.layers.base import values_per_group
+from keras_proxynorm.arguments import as_groups, as_nonnegative, check_divides_channels
+from keras_proxynorm.layers.base import (
+    ActivationLike,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    arguments_passed_on,
+    values_per_group,
+)
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["GroupNormProxy"]

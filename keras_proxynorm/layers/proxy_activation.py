@@ -4,11 +4,13 @@ from typing import Any
 
 import keras
 
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.layers.base import ConstraintLike
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import RegularizerLike
-from keras_proxynorm.layers.base import arguments_passed_on
+from keras_proxynorm.layers.base import (
+    ActivationLike,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    arguments_passed_on,
+)
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
 
 __all__ = ["ProxyActivation"]

@@ -4,28 +4,20 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import constraints
-from keras import initializers
-from keras import ops
-from keras import regularizers
+from keras import constraints, initializers, ops, regularizers
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_choice
-from keras_proxynorm.arguments import as_nonnegative
-from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.arguments import argument_error, as_boolean, as_choice, as_nonnegative, as_positive_integer
 from keras_proxynorm.layers.activations import WithActivation
-from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.layers.base import ConstraintLike
-from keras_proxynorm.layers.base import InitializerLike
-from keras_proxynorm.layers.base import NormalizationLayer
-from keras_proxynorm.layers.base import RegularizerLike
-from keras_proxynorm.layers.base import Shape
-from keras_proxynorm.moments import METHODS
-from keras_proxynorm.moments import Tensor
-from keras_proxynorm.moments import computation_dtype
-from keras_proxynorm.moments import resolve_activation
+from keras_proxynorm.layers.base import (
+    ActivationLike,
+    ConstraintLike,
+    InitializerLike,
+    NormalizationLayer,
+    RegularizerLike,
+    Shape,
+)
+from keras_proxynorm.moments import METHODS, Tensor, computation_dtype, resolve_activation
 
 __all__ = ["ProxyNormalizationLayer"]
 

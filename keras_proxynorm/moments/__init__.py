@@ -5,15 +5,9 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_choice
-from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.moments.activations import METHODS
-from keras_proxynorm.moments.activations import ElementwiseActivation
-from keras_proxynorm.moments.activations import register_activation
-from keras_proxynorm.moments.activations import resolve_activation
-from keras_proxynorm.moments.precision import Tensor
-from keras_proxynorm.moments.precision import computation_dtype
+from keras_proxynorm.arguments import argument_error, as_choice, as_positive_integer
+from keras_proxynorm.moments.activations import METHODS, ElementwiseActivation, register_activation, resolve_activation
+from keras_proxynorm.moments.precision import Tensor, computation_dtype
 
 __all__ = [
     "METHODS",

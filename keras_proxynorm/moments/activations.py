@@ -5,24 +5,17 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
-from collections.abc import Hashable
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
-from keras import activations
-from keras import ops
+from keras import activations, ops
 
 from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.moments.closed_forms import exponential_moments
-from keras_proxynorm.moments.closed_forms import rectifier_moments
+from keras_proxynorm.moments.closed_forms import exponential_moments, rectifier_moments
 from keras_proxynorm.moments.precision import Tensor
-from keras_proxynorm.moments.quadrature import SMOOTH_NODES
-from keras_proxynorm.moments.quadrature import piecewise_smooth_moments
-from keras_proxynorm.moments.quadrature import quantile_moments
-from keras_proxynorm.moments.quadrature import smooth_moments
+from keras_proxynorm.moments.quadrature import SMOOTH_NODES, piecewise_smooth_moments, quantile_moments, smooth_moments
 
 __all__ = ["METHODS", "ElementwiseActivation", "register_activation", "resolve_activation"]
 

@@ -1,7 +1,6 @@
 """What a tensor is to a type checker, and in which precision moments and statistics are computed."""
 
-from typing import Any
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 

@@ -3,8 +3,7 @@
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from keras import ops

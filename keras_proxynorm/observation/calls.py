@@ -3,10 +3,7 @@
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +11,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
-from keras_proxynorm.observation.channels import channel_axis
-from keras_proxynorm.observation.channels import channel_moments
+from keras_proxynorm.observation.channels import channel_axis, channel_moments
 
 __all__ = [
     "check_all_seen",

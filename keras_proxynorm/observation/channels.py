@@ -6,8 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.graph.layer_kinds import data_axis
-from keras_proxynorm.graph.layer_kinds import normalization_axis
+from keras_proxynorm.graph.layer_kinds import data_axis, normalization_axis
 from keras_proxynorm.observation.layers import is_normalization
 
 __all__ = ["channel_axis", "channel_moments"]

@@ -1,10 +1,8 @@
 """Which layers of a model are observed: kinds of layers, and the choice of a user."""
 
 import collections
-from collections.abc import Callable
-from collections.abc import Iterable
-from typing import Any
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import keras
 from keras import layers as keras_layers

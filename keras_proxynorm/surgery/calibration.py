@@ -5,8 +5,7 @@ and beta do not account for. Here they are set so that the input of the activati
 deviation over the batch that it had in the old model, and the proxy is set to those of the normalized input.
 """
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -14,8 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.observation.calls import observed
-from keras_proxynorm.observation.calls import visit_normalized_inputs
+from keras_proxynorm.observation.calls import observed, visit_normalized_inputs
 from keras_proxynorm.observation.channels import channel_moments
 
 __all__ = ["ChannelMoments", "calibrate_layers", "can_calibrate", "channel_moments_of_outputs", "set_affine"]

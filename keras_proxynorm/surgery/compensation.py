@@ -1,8 +1,6 @@
 """Undoes in the layers that follow what proxy normalization does to the scale and the offset of an activation."""
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +8,10 @@ from keras import ops
 
 from keras_proxynorm.graph.carrying import carry_by_name
 from keras_proxynorm.graph.layer_kinds import normalization_axis
-from keras_proxynorm.graph.linear_weights import WITH_BIAS
-from keras_proxynorm.graph.linear_weights import LinearWeights
+from keras_proxynorm.graph.linear_weights import WITH_BIAS, LinearWeights
 from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.rescaling import Absorption
-from keras_proxynorm.graph.rescaling import Followed
-from keras_proxynorm.graph.rescaling import Rescaling
-from keras_proxynorm.graph.rescaling import follow_rescalings
-from keras_proxynorm.graph.rewriting import Rewrite
-from keras_proxynorm.graph.rewriting import clone_layer
+from keras_proxynorm.graph.rescaling import Absorption, Followed, Rescaling, follow_rescalings
+from keras_proxynorm.graph.rewriting import Rewrite, clone_layer
 from keras_proxynorm.surgery.planning import Decision
 
 __all__ = ["compensate_in", "find_compensations", "with_bias"]

@@ -1,24 +1,18 @@
 """Makes the layers that take the place of normalizations, and says how a model is rewritten with them."""
 
 import functools
-from collections.abc import Iterable
-from collections.abc import Iterator
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_proxynorm.baselines import BatchGroupNormalization
-from keras_proxynorm.graph.carrying import carry_by_name
-from keras_proxynorm.graph.carrying import copy_of
-from keras_proxynorm.graph.carrying import dtype_of
+from keras_proxynorm.graph.carrying import carry_by_name, copy_of, dtype_of
 from keras_proxynorm.graph.layer_kinds import normalization_axis
-from keras_proxynorm.graph.rewriting import Rewrite
-from keras_proxynorm.graph.rewriting import clone_layer
+from keras_proxynorm.graph.rewriting import Rewrite, clone_layer
 from keras_proxynorm.surgery.planning import Decision
-from keras_proxynorm.surgery.targets import Target
-from keras_proxynorm.surgery.targets import choose_groups
+from keras_proxynorm.surgery.targets import Target, choose_groups
 
 __all__ = ["Options", "make_layer", "rewrites"]
 

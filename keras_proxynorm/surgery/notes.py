@@ -1,17 +1,13 @@
 """What a user must hear about a replacement: what did not come through, and what is not as it may seem."""
 
 import collections
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 
 from keras_proxynorm.compat import layers_inside
-from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.reading import as_path
-from keras_proxynorm.graph.reading import nested_model
-from keras_proxynorm.surgery.planning import Decision
-from keras_proxynorm.surgery.planning import hidden_normalizations
+from keras_proxynorm.graph.reading import Graph, as_path, nested_model
+from keras_proxynorm.surgery.planning import Decision, hidden_normalizations
 from keras_proxynorm.surgery.targets import Target
 
 __all__ = ["notes_about_plan"]

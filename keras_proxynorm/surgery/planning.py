@@ -2,33 +2,30 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_proxynorm.compat import own_mask
-from keras_proxynorm.graph.activation_nodes import activation_of
-from keras_proxynorm.graph.activation_nodes import describe_activation
-from keras_proxynorm.graph.activation_nodes import looks_like_activation
-from keras_proxynorm.graph.activation_nodes import same_activation
-from keras_proxynorm.graph.layer_kinds import LINEAR_WITH_KERNEL
-from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.graph.layer_kinds import absorbs_offset
-from keras_proxynorm.graph.layer_kinds import data_axis
-from keras_proxynorm.graph.layer_kinds import has_activation
-from keras_proxynorm.graph.layer_kinds import normalization_axis
-from keras_proxynorm.graph.layer_kinds import overridden_methods
-from keras_proxynorm.graph.layer_kinds import passes_offset
+from keras_proxynorm.graph.activation_nodes import (
+    activation_of,
+    describe_activation,
+    looks_like_activation,
+    same_activation,
+)
+from keras_proxynorm.graph.layer_kinds import (
+    LINEAR_WITH_KERNEL,
+    NORMALIZATIONS,
+    absorbs_offset,
+    data_axis,
+    has_activation,
+    normalization_axis,
+    overridden_methods,
+    passes_offset,
+)
 from keras_proxynorm.graph.linear_weights import fixed_weights_reason
-from keras_proxynorm.graph.reading import Call
-from keras_proxynorm.graph.reading import Graph
-from keras_proxynorm.graph.reading import as_path
-from keras_proxynorm.graph.reading import count_calls
-from keras_proxynorm.graph.reading import nested_model
-from keras_proxynorm.graph.reading import tensors_in
+from keras_proxynorm.graph.reading import Call, Graph, as_path, count_calls, nested_model, tensors_in
 from keras_proxynorm.graph.report import LEFT_ALONE
 from keras_proxynorm.layers.base import NormalizationLayer
 from keras_proxynorm.surgery.targets import Target

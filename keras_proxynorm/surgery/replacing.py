@@ -3,47 +3,26 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
-from collections.abc import Container
-from collections.abc import Iterable
-from typing import Any
-from typing import Literal
-from typing import TypeAlias
-from typing import overload
+from collections.abc import Callable, Container, Iterable
+from typing import Any, Literal, TypeAlias, overload
 
 import keras
 
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_choice
-from keras_proxynorm.arguments import as_positive_integer
+from keras_proxynorm.arguments import as_boolean, as_choice, as_positive_integer
 from keras_proxynorm.graph.activation_nodes import describe_activation
 from keras_proxynorm.graph.carrying import carry_compile_state
-from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS
-from keras_proxynorm.graph.layer_kinds import normalization_axis
-from keras_proxynorm.graph.reading import as_path
-from keras_proxynorm.graph.reading import check_readable
-from keras_proxynorm.graph.reading import read_graphs
+from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS, normalization_axis
+from keras_proxynorm.graph.reading import as_path, check_readable, read_graphs
 from keras_proxynorm.graph.rescaling import Followed
 from keras_proxynorm.graph.rewriting import clone
 from keras_proxynorm.observation.calls import check_batch
 from keras_proxynorm.observation.layers import chooses
-from keras_proxynorm.surgery.calibration import calibrate_layers
-from keras_proxynorm.surgery.calibration import can_calibrate
-from keras_proxynorm.surgery.calibration import channel_moments_of_outputs
-from keras_proxynorm.surgery.calibration import set_affine
-from keras_proxynorm.surgery.compensation import compensate_in
-from keras_proxynorm.surgery.compensation import find_compensations
-from keras_proxynorm.surgery.compensation import with_bias
-from keras_proxynorm.surgery.new_layers import Options
-from keras_proxynorm.surgery.new_layers import make_layer
-from keras_proxynorm.surgery.new_layers import rewrites
+from keras_proxynorm.surgery.calibration import calibrate_layers, can_calibrate, channel_moments_of_outputs, set_affine
+from keras_proxynorm.surgery.compensation import compensate_in, find_compensations, with_bias
+from keras_proxynorm.surgery.new_layers import Options, make_layer, rewrites
 from keras_proxynorm.surgery.notes import notes_about_plan
-from keras_proxynorm.surgery.planning import Decision
-from keras_proxynorm.surgery.planning import hidden_normalizations
-from keras_proxynorm.surgery.planning import plan
-from keras_proxynorm.surgery.report import LayerReport
-from keras_proxynorm.surgery.report import ReplacementReport
-from keras_proxynorm.surgery.report import Uncompensated
+from keras_proxynorm.surgery.planning import Decision, hidden_normalizations, plan
+from keras_proxynorm.surgery.report import LayerReport, ReplacementReport, Uncompensated
 from keras_proxynorm.surgery.targets import Target
 
 __all__ = ["LayerSelection", "replace_normalization"]

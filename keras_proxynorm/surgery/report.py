@@ -1,15 +1,10 @@
 """What a replacement did, for people to read and for programs."""
 
 import collections
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-from keras_proxynorm.graph.report import LEFT_ALONE
-from keras_proxynorm.graph.report import LayerEntry
-from keras_proxynorm.graph.report import Report
-from keras_proxynorm.graph.report import counted
-from keras_proxynorm.graph.report import details
+from keras_proxynorm.graph.report import LEFT_ALONE, LayerEntry, Report, counted, details
 
 __all__ = ["LayerReport", "ReplacementReport", "Uncompensated"]
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import keras
 
 from keras_proxynorm import baselines
-from keras_proxynorm.layers import GroupNormProxy
-from keras_proxynorm.layers import LayerNormProxy
+from keras_proxynorm.layers import GroupNormProxy, LayerNormProxy
 
 __all__ = ["TARGETS", "Target", "choose_groups"]
 

@@ -6,8 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_proxynorm.compat import track_loss
-from keras_proxynorm.compat import update_metrics
+from keras_proxynorm.compat import track_loss, update_metrics
 
 __all__ = ["train_step"]
 

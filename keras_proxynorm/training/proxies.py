@@ -5,13 +5,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.arguments import argument_error, as_positive_integer, check_built_model
 from keras_proxynorm.compat import layers_inside
 from keras_proxynorm.layers.proxy_normalization import ProxyNormalizationLayer
-from keras_proxynorm.observation.calls import check_batch
-from keras_proxynorm.observation.calls import visit_normalized_inputs
+from keras_proxynorm.observation.calls import check_batch, visit_normalized_inputs
 
 __all__ = ["CalibrateProxies", "calibrate_proxies"]
 

@@ -1,21 +1,15 @@
 """Sharpness-aware minimization as a model around a model: SAM and ASAM of all weights, or of normalization only."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.arguments import as_choice
-from keras_proxynorm.arguments import as_nonnegative
+from keras_proxynorm.arguments import argument_error, as_boolean, as_choice, as_nonnegative
 from keras_proxynorm.compat import convert_arguments_like
 from keras_proxynorm.training import passes
-from keras_proxynorm.training.perturbation import ADAPTIVE
-from keras_proxynorm.training.perturbation import NORMS
-from keras_proxynorm.training.perturbation import perturbations
+from keras_proxynorm.training.perturbation import ADAPTIVE, NORMS, perturbations
 
 __all__ = ["SharpnessAwareMinimization"]
 

@@ -5,8 +5,7 @@ import warnings
 
 import keras
 
-from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.arguments import argument_error, check_built_model
 from keras_proxynorm.compat import uses_weight_decay
 
 __all__ = ["exclude_norm_from_weight_decay"]

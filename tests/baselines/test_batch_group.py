@@ -3,10 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
-from baselines.samples import built
-from baselines.samples import normal
+from backends import numpy, tensors
+from baselines.samples import built, normal
 
 from keras_proxynorm.baselines import BatchGroupNormalization
 

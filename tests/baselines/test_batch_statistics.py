@@ -2,17 +2,10 @@
 
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies
+from backends import numpy, tensors
+from hypothesis import given, settings, strategies
 
-from keras_proxynorm.baselines.batch_statistics import Moments
-from keras_proxynorm.baselines.batch_statistics import channel_moments
-from keras_proxynorm.baselines.batch_statistics import merge
-from keras_proxynorm.baselines.batch_statistics import mix
-from keras_proxynorm.baselines.batch_statistics import unbiased
+from keras_proxynorm.baselines.batch_statistics import Moments, channel_moments, merge, mix, unbiased
 
 
 @settings(deadline=None, max_examples=25)

@@ -3,18 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import check_gradients
-from backends import float64_allowed
-from backends import needs_float64
-from backends import numpy
-from backends import tensors
-from baselines.samples import normal
-from baselines.samples import randomize
+from backends import BACKEND, check_gradients, float64_allowed, needs_float64, numpy, tensors
+from baselines.samples import normal, randomize
 
 from keras_proxynorm.baselines import ConvolutionalNormalization
-from keras_proxynorm.baselines.frequencies import filter_frequencies
-from keras_proxynorm.baselines.frequencies import kernel_power
+from keras_proxynorm.baselines.frequencies import filter_frequencies, kernel_power
 
 
 def built(shape, convolution, **kwargs):

@@ -9,14 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import MODES
-from backends import compiled
-from backends import float64_allowed
-from backends import gradients
-from backends import numpy
-from backends import tensorflow_only
-from backends import tensors
+from backends import BACKEND, MODES, compiled, float64_allowed, gradients, numpy, tensorflow_only, tensors
 from keras import layers
 
 from keras_proxynorm.baselines import CrossIterationBatchNormalization

@@ -1,10 +1,8 @@
 """EvoNorm-B0 against NumPy."""
 
 import numpy as np
-from backends import numpy
-from backends import tensors
-from baselines.samples import built
-from baselines.samples import normal
+from backends import numpy, tensors
+from baselines.samples import built, normal
 
 from keras_proxynorm.baselines import EvoNormB0
 

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
-from baselines.samples import built
-from baselines.samples import normal
+from backends import numpy, tensors
+from baselines.samples import built, normal
 
 from keras_proxynorm.baselines import EvoNormS0
 

@@ -6,8 +6,7 @@ import pytest
 from backends import numpy
 from baselines.samples import normal
 
-from keras_proxynorm.baselines import GhostBatchNormalization
-from keras_proxynorm.baselines import choose_inference_example_weight
+from keras_proxynorm.baselines import GhostBatchNormalization, choose_inference_example_weight
 
 
 def make_model(layers=2, metrics=("mae",)):

@@ -3,13 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
-from baselines.samples import built
-from baselines.samples import normal
+from backends import numpy, tensors
+from baselines.samples import built, normal
 
-from keras_proxynorm.baselines import GhostBatchNormalization
-from keras_proxynorm.baselines import L2TowardOne
+from keras_proxynorm.baselines import GhostBatchNormalization, L2TowardOne
 
 
 def in_blocks(x, examples, groups, epsilon):

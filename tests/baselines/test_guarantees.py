@@ -9,22 +9,18 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import MODES
-from backends import check_gradients
-from backends import compiled
-from backends import float64_allowed
-from backends import gradients
-from backends import needs_float64
-from backends import numpy
-from backends import tensors
-from baselines.samples import ALONE
-from baselines.samples import BASELINES
-from baselines.samples import BATCH
-from baselines.samples import CONTAINING
-from baselines.samples import built
-from baselines.samples import convolution
-from baselines.samples import normal
+from backends import (
+    BACKEND,
+    MODES,
+    check_gradients,
+    compiled,
+    float64_allowed,
+    gradients,
+    needs_float64,
+    numpy,
+    tensors,
+)
+from baselines.samples import ALONE, BASELINES, BATCH, CONTAINING, built, convolution, normal
 from keras.src.testing import TestCase
 
 every_baseline = pytest.mark.parametrize("name", BASELINES)

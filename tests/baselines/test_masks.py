@@ -3,12 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
-from baselines.samples import ALONE
-from baselines.samples import CONTAINING
-from baselines.samples import built
-from baselines.samples import normal
+from backends import numpy, tensors
+from baselines.samples import ALONE, CONTAINING, built, normal
 
 from keras_proxynorm import baselines as bl
 

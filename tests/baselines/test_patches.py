@@ -3,9 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import float64_allowed
-from backends import numpy
-from backends import tensors
+from backends import float64_allowed, numpy, tensors
 from keras import layers
 
 from keras_proxynorm.baselines.patches import moment_derivatives

@@ -3,14 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from backends import check_gradients
-from backends import float64_allowed
-from backends import gradients
-from backends import needs_float64
-from backends import numpy
-from backends import tensors
-from baselines.samples import normal
-from baselines.samples import randomize
+from backends import check_gradients, float64_allowed, gradients, needs_float64, numpy, tensors
+from baselines.samples import normal, randomize
 from keras import layers
 
 from keras_proxynorm.baselines import WeightNormalization

@@ -6,9 +6,7 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND
-from diagnostics.samples import Numbers
-from diagnostics.samples import lists
-from diagnostics.samples import normal
+from diagnostics.samples import Numbers, lists, normal
 
 from keras_proxynorm.arguments import check_built_model
 from keras_proxynorm.diagnostics.batches import batches

@@ -9,19 +9,16 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from diagnostics.samples import SPARSE
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import single
-from diagnostics.samples import small
+from diagnostics.samples import SPARSE, L, images, normal, single, small
 
-from keras_proxynorm.diagnostics import LogLossLandscape
-from keras_proxynorm.diagnostics import LogPowerDecomposition
-from keras_proxynorm.diagnostics import LogSignalPropagation
-from keras_proxynorm.diagnostics import loss_landscape
-from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.diagnostics import signal_propagation
+from keras_proxynorm.diagnostics import (
+    LogLossLandscape,
+    LogPowerDecomposition,
+    LogSignalPropagation,
+    loss_landscape,
+    power_decomposition,
+    signal_propagation,
+)
 
 X, Y = images(16)
 STEPS = [0.01, 0.1, 1.0]

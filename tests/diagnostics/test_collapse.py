@@ -3,12 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import single
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from diagnostics.samples import L, images, normal, single, small, unchanged
 
 import keras_proxynorm as kp
 from keras_proxynorm.diagnostics import collapse_report

@@ -4,15 +4,9 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from diagnostics.samples import SPARSE
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from diagnostics.samples import SPARSE, L, images, normal, small, unchanged
 
-from keras_proxynorm.diagnostics import LossLandscape
-from keras_proxynorm.diagnostics import loss_landscape
+from keras_proxynorm.diagnostics import LossLandscape, loss_landscape
 
 MSE = keras.losses.MeanSquaredError()
 STEPS = np.geomspace(1e-2, 3, 8)

@@ -4,17 +4,17 @@ import sys
 
 import numpy as np
 import pytest
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import small
+from diagnostics.samples import L, images, small
 
-from keras_proxynorm.diagnostics import CollapseReport
-from keras_proxynorm.diagnostics import LossLandscape
-from keras_proxynorm.diagnostics import PowerDecomposition
-from keras_proxynorm.diagnostics import SignalPropagation
-from keras_proxynorm.diagnostics import collapse_report
-from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.diagnostics import signal_propagation
+from keras_proxynorm.diagnostics import (
+    CollapseReport,
+    LossLandscape,
+    PowerDecomposition,
+    SignalPropagation,
+    collapse_report,
+    power_decomposition,
+    signal_propagation,
+)
 
 POWER = PowerDecomposition(("a", "b", "c"), np.array([[1.0, 1, 2, 4], [0, 1, 3, 0], [0, 0, 0, 0]]))
 SIGNAL = SignalPropagation(

@@ -9,26 +9,25 @@ import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import tensorflow_only
-from diagnostics.samples import SPARSE
-from diagnostics.samples import L
-from diagnostics.samples import Numbers
-from diagnostics.samples import batch_normalized
-from diagnostics.samples import group_normalized
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import powers_of
-from diagnostics.samples import randomize
-from diagnostics.samples import single
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from backends import BACKEND, tensorflow_only
+from diagnostics.samples import (
+    SPARSE,
+    L,
+    Numbers,
+    batch_normalized,
+    group_normalized,
+    images,
+    normal,
+    powers_of,
+    randomize,
+    single,
+    small,
+    unchanged,
+)
 
 import keras_proxynorm as kp
-from keras_proxynorm.diagnostics import PowerDecomposition
-from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.diagnostics.streaming import ChannelPowers
-from keras_proxynorm.diagnostics.streaming import StreamingMoments
+from keras_proxynorm.diagnostics import PowerDecomposition, power_decomposition
+from keras_proxynorm.diagnostics.streaming import ChannelPowers, StreamingMoments
 
 numpy = keras.ops.convert_to_numpy
 

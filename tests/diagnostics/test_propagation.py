@@ -3,17 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from backends import gradients
-from backends import numpy
-from backends import tensors
-from diagnostics.samples import SPARSE
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import randomize
-from diagnostics.samples import single
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from backends import gradients, numpy, tensors
+from diagnostics.samples import SPARSE, L, images, normal, randomize, single, small, unchanged
 
 import keras_proxynorm as kp
 from keras_proxynorm.diagnostics import signal_propagation

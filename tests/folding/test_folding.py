@@ -9,21 +9,14 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import float64_allowed
-from backends import numpy
-from backends import tensorflow_only
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
+from backends import BACKEND, float64_allowed, numpy, tensorflow_only
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from keras import layers
-from keras import ops
+from keras import layers, ops
 from layers.samples import normal
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import FoldedNormalization
-from keras_proxynorm.export import fold
+from keras_proxynorm.export import FoldedNormalization, fold
 from keras_proxynorm.folding.folding import fold_with_report
 
 ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "hard_silu", "tanh", "elu", None)

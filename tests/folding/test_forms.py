@@ -6,17 +6,13 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import numpy
-from backends import tensorflow_only
-from hypothesis import given
-from hypothesis import settings
+from backends import BACKEND, numpy, tensorflow_only
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_proxynorm.folding import forms
-from keras_proxynorm.folding.forms import Constants
-from keras_proxynorm.folding.forms import normalize_and_activate
+from keras_proxynorm.folding.forms import Constants, normalize_and_activate
 
 # "large": as TensorFlow computes large images.
 FORMS = ["keras", "tensorflow", "large", "onnx"] if BACKEND == "tensorflow" else ["keras"]

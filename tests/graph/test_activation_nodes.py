@@ -4,13 +4,9 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from keras import activations
-from keras import layers
-from keras import ops
+from keras import activations, layers, ops
 
-from keras_proxynorm.graph.activation_nodes import activation_of
-from keras_proxynorm.graph.activation_nodes import describe_activation
-from keras_proxynorm.graph.activation_nodes import same_activation
+from keras_proxynorm.graph.activation_nodes import activation_of, describe_activation, same_activation
 
 LAYERS = {
     "relu": layers.ReLU(),

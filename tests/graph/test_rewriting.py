@@ -3,17 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
-from keras import ops
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import image
-from surgery.stand_ins import nested
-from surgery.stand_ins import outputs
-from surgery.stand_ins import small_model
+from keras import layers, ops
+from surgery.stand_ins import assert_same_outputs, image, nested, outputs, small_model
 
 from keras_proxynorm.graph.reading import read_graphs
-from keras_proxynorm.graph.rewriting import Rewrite
-from keras_proxynorm.graph.rewriting import clone
+from keras_proxynorm.graph.rewriting import Rewrite, clone
 
 
 def nothing_to_carry(source, new):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensors
+from backends import numpy, tensors
 
 from keras_proxynorm.kernels import channels
 

@@ -2,12 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import MODES
-from backends import compiled
-from backends import gradients
-from backends import numpy
-from backends import tensorflow_only
-from backends import tensors
+from backends import MODES, compiled, gradients, numpy, tensorflow_only, tensors
 from keras import ops
 
 from keras_proxynorm.kernels.compilation import barrier

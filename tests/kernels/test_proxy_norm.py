@@ -1,8 +1,7 @@
 """The normalize and activate steps against NumPy."""
 
 import numpy as np
-from backends import numpy
-from backends import tensors
+from backends import numpy, tensors
 
 from keras_proxynorm import kernels
 from keras_proxynorm.moments import resolve_activation

@@ -6,21 +6,13 @@ import threading
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import MODES
-from backends import compiled
-from backends import numpy
-from backends import tensorflow_only
-from backends import tensors
-from hypothesis import given
-from hypothesis import settings
+from backends import BACKEND, MODES, compiled, numpy, tensorflow_only, tensors
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_proxynorm
-from keras_proxynorm import reduction
-from keras_proxynorm import set_reduction
-from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.reductions import reduction_method
+from keras_proxynorm import reduction, set_reduction
+from keras_proxynorm.kernels.reductions import position_sums, reduction_method
 
 methods = pytest.mark.parametrize("method", ["matmul", "pool", "sum"])
 

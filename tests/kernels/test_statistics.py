@@ -2,14 +2,8 @@
 
 import numpy as np
 import pytest
-from backends import MODES
-from backends import check_gradients
-from backends import compiled
-from backends import gradients
-from backends import numpy
-from backends import tensors
-from hypothesis import given
-from hypothesis import settings
+from backends import MODES, check_gradients, compiled, gradients, numpy, tensors
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 

@@ -9,11 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import numpy
-from backends import tensors
-from layers.samples import normal
-from layers.samples import randomize
+from backends import BACKEND, numpy, tensors
+from layers.samples import normal, randomize
 
 import keras_proxynorm as kp
 from keras_proxynorm import baselines

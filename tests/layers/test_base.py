@@ -3,18 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from backends import MODES
-from backends import check_gradients
-from backends import compiled
-from backends import float64_allowed
-from backends import gradients
-from backends import numpy
-from backends import tensors
+from backends import MODES, check_gradients, compiled, float64_allowed, gradients, numpy, tensors
 from keras.src.testing import TestCase
-from layers.samples import LAYERS
-from layers.samples import built
-from layers.samples import normal
-from layers.samples import reference
+from layers.samples import LAYERS, built, normal, reference
 
 import keras_proxynorm as kp
 

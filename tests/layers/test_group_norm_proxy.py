@@ -6,12 +6,8 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import compiled
-from backends import numpy
-from backends import tensorflow_only
-from layers.samples import built
-from layers.samples import normal
-from layers.samples import reference
+from backends import compiled, numpy, tensorflow_only
+from layers.samples import built, normal, reference
 
 import keras_proxynorm as kp
 

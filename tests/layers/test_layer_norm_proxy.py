@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from layers.samples import built
-from layers.samples import normal
+from layers.samples import built, normal
 
 import keras_proxynorm as kp
 

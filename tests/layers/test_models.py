@@ -7,9 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import gradients
-from backends import numpy
-from backends import tensorflow_only
+from backends import gradients, numpy, tensorflow_only
 from layers.samples import normal
 
 import keras_proxynorm as kp

@@ -4,8 +4,7 @@ import inspect
 
 import numpy as np
 from backends import numpy
-from layers.samples import built
-from layers.samples import normal
+from layers.samples import built, normal
 
 import keras_proxynorm as kp
 

@@ -8,11 +8,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import numpy
-from layers.samples import LAYERS
-from layers.samples import normal
-from layers.samples import randomize
+from backends import BACKEND, numpy
+from layers.samples import LAYERS, normal, randomize
 
 import keras_proxynorm as kp
 

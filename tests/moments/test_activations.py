@@ -7,14 +7,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import MODES
-from backends import compiled
-from backends import numpy
-from backends import tensors
+from backends import MODES, compiled, numpy, tensors
 from keras import ops
 
-from keras_proxynorm import activation_moments
-from keras_proxynorm import register_activation
+from keras_proxynorm import activation_moments, register_activation
 from keras_proxynorm.moments import resolve_activation
 
 POINTS = np.float32([-7, -3, -1.5, -0.7, -0.2, 0, 0.3, 0.9, 2, 5.5, 6.5])

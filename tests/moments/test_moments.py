@@ -6,16 +6,8 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import MODES
-from backends import check_gradients
-from backends import compiled
-from backends import float64_allowed
-from backends import gradients
-from backends import numpy
-from backends import tensors
-from hypothesis import given
-from hypothesis import settings
+from backends import BACKEND, MODES, check_gradients, compiled, float64_allowed, gradients, numpy, tensors
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moments import reference
 

@@ -6,16 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import numpy as np
 import pytest
-from diagnostics.samples import L
-from diagnostics.samples import all_state
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from diagnostics.samples import L, all_state, images, normal, small, unchanged
 
 from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.observation.calls import check_batch
-from keras_proxynorm.observation.calls import observed
+from keras_proxynorm.observation.calls import check_batch, observed
 
 
 class MeetingPoint(L.Layer):

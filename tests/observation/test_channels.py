@@ -3,12 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from diagnostics.samples import L
-from diagnostics.samples import normal
+from diagnostics.samples import L, normal
 
 import keras_proxynorm as kp
-from keras_proxynorm.observation.channels import channel_axis
-from keras_proxynorm.observation.channels import channel_moments
+from keras_proxynorm.observation.channels import channel_axis, channel_moments
 
 
 @pytest.mark.parametrize(

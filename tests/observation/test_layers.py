@@ -4,16 +4,10 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from diagnostics.samples import L
-from diagnostics.samples import images
-from diagnostics.samples import normal
-from diagnostics.samples import single
-from diagnostics.samples import small
-from diagnostics.samples import unchanged
+from diagnostics.samples import L, images, normal, single, small, unchanged
 
 import keras_proxynorm as kp
-from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.diagnostics import signal_propagation
+from keras_proxynorm.diagnostics import power_decomposition, signal_propagation
 from keras_proxynorm.observation import channels
 from keras_proxynorm.observation import layers as observed_layers
 

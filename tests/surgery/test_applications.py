@@ -12,18 +12,13 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import image
-from surgery.stand_ins import randomize
+from surgery.stand_ins import StandIn, assert_same_outputs, image, randomize
 
 import keras_proxynorm as kp
 from keras_proxynorm.graph.activation_nodes import describe_activation
 from keras_proxynorm.graph.reading import read_graphs
-from keras_proxynorm.surgery.new_layers import Options
-from keras_proxynorm.surgery.new_layers import make_layer
-from keras_proxynorm.surgery.planning import hidden_normalizations
-from keras_proxynorm.surgery.planning import plan
+from keras_proxynorm.surgery.new_layers import Options, make_layer
+from keras_proxynorm.surgery.planning import hidden_normalizations, plan
 from keras_proxynorm.surgery.targets import Target
 
 # For each constructor: batch normalizations whose output is read by one activation, by several equal ones, by an

@@ -4,8 +4,7 @@ import functools
 
 import keras
 import pytest
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import small_model
+from surgery.stand_ins import StandIn, small_model
 
 import keras_proxynorm as kp
 

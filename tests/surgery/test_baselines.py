@@ -7,8 +7,7 @@ from backends import numpy
 
 import keras_proxynorm as kp
 from keras_proxynorm import baselines as bl
-from keras_proxynorm.surgery.targets import TARGETS
-from keras_proxynorm.surgery.targets import Target
+from keras_proxynorm.surgery.targets import TARGETS, Target
 
 CONTAINING = [name for name in TARGETS if Target(name, {}).contains_linear]
 OTHERS = [name for name in TARGETS if name not in CONTAINING]

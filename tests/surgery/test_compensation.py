@@ -4,9 +4,7 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from surgery.stand_ins import image
-from surgery.stand_ins import outputs
-from surgery.stand_ins import randomize
+from surgery.stand_ins import image, outputs, randomize
 
 import keras_proxynorm as kp
 

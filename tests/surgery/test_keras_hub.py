@@ -3,10 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import image
-from surgery.stand_ins import randomize
+from surgery.stand_ins import StandIn, assert_same_outputs, image, randomize
 
 import keras_proxynorm as kp
 

@@ -6,16 +6,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensorflow_only
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import conv_bn
-from surgery.stand_ins import exact
-from surgery.stand_ins import image
-from surgery.stand_ins import nested
-from surgery.stand_ins import outputs
-from surgery.stand_ins import randomize
-from surgery.stand_ins import small_model
+from backends import numpy, tensorflow_only
+from surgery.stand_ins import assert_same_outputs, conv_bn, exact, image, nested, outputs, randomize, small_model
 
 import keras_proxynorm as kp
 

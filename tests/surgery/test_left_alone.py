@@ -6,13 +6,8 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from keras import layers
-from keras import ops
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import found
-from surgery.stand_ins import image
-from surgery.stand_ins import randomize
+from keras import layers, ops
+from surgery.stand_ins import StandIn, assert_same_outputs, found, image, randomize
 
 import keras_proxynorm as kp
 from keras_proxynorm import baselines

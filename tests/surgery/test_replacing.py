@@ -8,14 +8,7 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import conv_bn
-from surgery.stand_ins import exact
-from surgery.stand_ins import found
-from surgery.stand_ins import image
-from surgery.stand_ins import nested
-from surgery.stand_ins import outputs
-from surgery.stand_ins import small_model
+from surgery.stand_ins import StandIn, conv_bn, exact, found, image, nested, outputs, small_model
 
 import keras_proxynorm as kp
 

@@ -4,12 +4,9 @@ import functools
 
 import keras
 import pytest
-from hypothesis import given
-from hypothesis import strategies
+from hypothesis import given, strategies
 
-from keras_proxynorm.surgery.targets import TARGETS
-from keras_proxynorm.surgery.targets import Target
-from keras_proxynorm.surgery.targets import choose_groups
+from keras_proxynorm.surgery.targets import TARGETS, Target, choose_groups
 
 sizes = strategies.integers(1, 512)
 

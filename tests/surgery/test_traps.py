@@ -3,17 +3,18 @@
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensorflow_only
-from surgery.stand_ins import StandIn
-from surgery.stand_ins import assert_same_outputs
-from surgery.stand_ins import conv_bn
-from surgery.stand_ins import exact
-from surgery.stand_ins import found
-from surgery.stand_ins import image
-from surgery.stand_ins import outputs
-from surgery.stand_ins import randomize
-from surgery.stand_ins import small_model
+from backends import numpy, tensorflow_only
+from surgery.stand_ins import (
+    StandIn,
+    assert_same_outputs,
+    conv_bn,
+    exact,
+    found,
+    image,
+    outputs,
+    randomize,
+    small_model,
+)
 
 import keras_proxynorm as kp
 

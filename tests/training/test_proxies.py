@@ -6,8 +6,7 @@ import pytest
 from backends import numpy
 
 import keras_proxynorm as kp
-from keras_proxynorm.training import CalibrateProxies
-from keras_proxynorm.training import calibrate_proxies
+from keras_proxynorm.training import CalibrateProxies, calibrate_proxies
 
 layers = keras.layers
 

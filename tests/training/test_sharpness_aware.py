@@ -3,9 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import numpy
-from backends import tensorflow_only
+from backends import BACKEND, numpy, tensorflow_only
 from distribution.processes import run_together
 
 import keras_proxynorm as kp

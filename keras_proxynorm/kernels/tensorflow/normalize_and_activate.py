@@ -6,15 +6,10 @@ import tensorflow as tf
 from keras_proxynorm.compat import is_compiled_by_xla
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import barrier
-from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.reductions import reduction_method
-from keras_proxynorm.kernels.statistics import group_moments
-from keras_proxynorm.kernels.statistics import group_pivot
-from keras_proxynorm.kernels.statistics import group_size
-from keras_proxynorm.kernels.statistics import moments_about_pivot
+from keras_proxynorm.kernels.reductions import position_sums, reduction_method
+from keras_proxynorm.kernels.statistics import group_moments, group_pivot, group_size, moments_about_pivot
 from keras_proxynorm.kernels.tensorflow.custom_gradients import with_gradient
-from keras_proxynorm.moments import ElementwiseActivation
-from keras_proxynorm.moments import Tensor
+from keras_proxynorm.moments import ElementwiseActivation, Tensor
 
 __all__ = ["normalize_and_activate"]
 

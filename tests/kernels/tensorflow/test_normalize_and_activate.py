@@ -7,9 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import MODES
-from backends import compiled
-from backends import tensorflow_only
+from backends import MODES, compiled, tensorflow_only
 
 import keras_proxynorm
 from keras_proxynorm.kernels.tensorflow import normalize_and_activate as step
