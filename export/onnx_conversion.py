@@ -2,20 +2,15 @@
 
 import collections
 import threading
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
 from keras_proxynorm import compat
 from keras_proxynorm.export.logs import errors_of
-from keras_proxynorm.export.onnx_layout import infer_tensors
-from keras_proxynorm.export.onnx_layout import names_read
-from keras_proxynorm.export.onnx_layout import remove_transposes
-from keras_proxynorm.export.onnx_weights import initializer
-from keras_proxynorm.export.onnx_weights import is_large
-from keras_proxynorm.export.onnx_weights import value_of
+from keras_proxynorm.export.onnx_layout import infer_tensors, names_read, remove_transposes
+from keras_proxynorm.export.onnx_weights import initializer, is_large, value_of
 
 __all__ = ["check_opset", "convert"]
 
@@ -240,8 +235,8 @@ def _remove_unused_weights(proto, arrays):
 def _keep_zeros_before_poolings(proto):
     """Makes the zeros that are padded before poolings negative.
 
-    ONNX Runtime merges a padding with zeros into the pooling after it, which then leaves the zeros out: wrong where all
-    values in a window are negative. It does not merge a padding with negative zeros.
+    ONNX Runtime before 1.32 merges a padding with zeros into the pooling after it, which then leaves the zeros out:
+    wrong where all values in a window are negative. It does not merge a padding with negative zeros.
     """
     import onnx
 

@@ -73,7 +73,7 @@ def save(proto, arrays: dict[str, np.ndarray], path: Path, name: str) -> Path | 
     tensors = [tensor for tensor in proto.graph.initializer if tensor.name in arrays]
     if size < _LARGEST_FILE or not tensors:
         for tensor in tensors:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[tensor.name]), tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays.pop(tensor.name)), tensor.name))
         onnx.save_model(proto, path)
         return None
     # Another name each time, so that an old file beside it never reads new weights.
