@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 __all__ = ["errors_of", "quiet"]
 

@@ -2,14 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from keras_proxynorm.export.onnx_weights import initializer
-from keras_proxynorm.export.onnx_weights import value_of
+from keras_proxynorm.export.onnx_weights import initializer, value_of
 
 __all__ = ["infer_tensors", "names_read", "remove_transposes"]
 

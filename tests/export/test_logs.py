@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from keras_proxynorm.export.logs import errors_of
-from keras_proxynorm.export.logs import quiet
+from keras_proxynorm.export.logs import errors_of, quiet
 
 
 @pytest.fixture

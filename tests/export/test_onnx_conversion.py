@@ -6,21 +6,13 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from keras import layers
-from keras import ops
-from layers.samples import normal
-from layers.samples import randomize
-from onnx_files import RUNTIMES
-from onnx_files import assert_equal
-from onnx_files import chain
-from onnx_files import count
-from onnx_files import run_onnx
-from onnx_files import run_openvino
+from keras import layers, ops
+from layers.samples import normal, randomize
+from onnx_files import RUNTIMES, assert_equal, chain, count, run_onnx, run_openvino
 
 import keras_proxynorm as kp
 from keras_proxynorm import compat
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import fold
+from keras_proxynorm.export import export_onnx, fold
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -44,7 +36,7 @@ every_pooling = pytest.mark.parametrize("pooling", [layers.MaxPooling2D, layers.
 @every_pooling
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (0, 2))])
 def test_zeros_before_a_pooling(pooling, padding, tmp_path):
-    # ONNX Runtime before 1.32 merges the padding into the pooling, which leaves padding out: wrong for values below zero.
+    # ONNX Runtime before 1.32 merges the padding into the pooling, which then leaves it out: wrong below zero.
     x = -1 - np.abs(normal(1, 6, 6, 4))
     model = chain(layers.ZeroPadding2D(padding), pooling(3, 2))
     assert (np.asarray(model(x)).max() == 0) == (pooling is layers.MaxPooling2D)

@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from keras import layers
-from keras import ops
+from keras import layers, ops
 
 from keras_proxynorm.export.logs import errors_of
 from keras_proxynorm.export.onnx_layout import remove_transposes

@@ -6,20 +6,12 @@ import keras
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from keras import layers
-from keras import ops
-from layers.samples import normal
-from layers.samples import randomize
-from onnx_files import RUNTIMES
-from onnx_files import assert_equal
-from onnx_files import chain
-from onnx_files import count
-from onnx_files import run_onnx
+from keras import layers, ops
+from layers.samples import normal, randomize
+from onnx_files import RUNTIMES, assert_equal, chain, count, run_onnx
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import onnx_conversion
-from keras_proxynorm.export import onnx_weights
+from keras_proxynorm.export import export_onnx, onnx_conversion, onnx_weights
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
