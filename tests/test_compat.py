@@ -1,6 +1,5 @@
 """What breaks if a new version of Keras or TensorFlow moves a private name that the package uses."""
 
-import ast
 import functools
 import importlib.metadata
 import importlib.util
@@ -38,26 +37,6 @@ def test_every_function_has_a_test():
     text = pathlib.Path(__file__).read_text()
     functions = [name for name in compat.__all__ if not isinstance(getattr(compat, name), type)]
     assert [name for name in functions if f"compat.{name}(" not in text] == []
-
-
-def private_names(module):
-    """What a module names of others that begins with an underscore, and the private modules that it imports."""
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if any(part in f".{node.module}." for part in (".src.", "tensorflow.python.", "tensorflow.compiler.")):
-                yield node.module
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            owner = ast.unparse(node.value)
-            # Those of named tuples are public, by documentation.
-            if owner not in ("self", "cls", "super()") and node.attr not in ("_fields", "_replace", "_asdict"):
-                yield f"{owner}.{node.attr}"
-
-
-def test_no_other_module_names_what_is_private():
-    export = pathlib.Path(importlib.util.find_spec("keras_proxynorm.export").origin).parent
-    modules = [module for folder in (PACKAGE, export) for module in folder.rglob("*.py")]
-    found = {module.name: names for module in modules if (names := list(private_names(module)))}
-    assert found.keys() == {"compat.py"} and len(modules) > 60, found
 
 
 @without_it("the graph of a functional model cannot be read: no surgery, folding or export")
