@@ -15,11 +15,7 @@ import accuracy
 import finetuning
 import proxy_distance
 import replaced_accuracy
-from grids import ROOT
-from grids import SEEDS
-from grids import chosen_runs
-from grids import read_results
-from grids import tried_rates
+from grids import ROOT, SEEDS, chosen_runs, read_results, tried_rates
 from measurement import read_rows
 
 PAGE = ROOT / "docs" / "accuracy.md"

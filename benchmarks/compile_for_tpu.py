@@ -22,8 +22,7 @@ os.environ.update(
 
 from jax.experimental import topologies
 from jax.extend.backend import get_compile_options
-from jax.extend.mlir import hlo_to_stablehlo
-from jax.extend.mlir import ir
+from jax.extend.mlir import hlo_to_stablehlo, ir
 from jax.interpreters import mlir
 from jaxlib.xla_client import DeviceList
 

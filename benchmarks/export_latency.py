@@ -18,10 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from measurement import in_own_process
-from measurement import medians_in_turns
-from measurement import results_file
-from measurement import write_results
+from measurement import in_own_process, medians_in_turns, results_file, write_results
 
 MODELS = ["ResNet50V2", "EfficientNetB0", "MobileNetV3Small"]
 NORMALIZATIONS = ["batch_norm", "group_norm", "group_norm_proxy", "layer_norm_proxy"]
@@ -57,8 +54,7 @@ def export(name, normalization, folder):
     """Writes a model in both formats, as Keras does and as this package does."""
     import numpy as np
 
-    from keras_proxynorm.export import export_onnx
-    from keras_proxynorm.export import export_saved_model
+    from keras_proxynorm.export import export_onnx, export_saved_model
 
     model = build(name, normalization)
     # Keras exports no model that was never called.

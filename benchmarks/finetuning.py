@@ -27,8 +27,7 @@ import classifiers
 import grids
 import keras
 import networks
-from classifiers import Images
-from classifiers import Sizes
+from classifiers import Images, Sizes
 
 from keras_proxynorm import replace_normalization
 

@@ -12,12 +12,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from measurement import geometric_mean
-from measurement import in_own_process
-from measurement import medians_in_turns
-from measurement import results_file
-from measurement import set_threads
-from measurement import write_results
+from measurement import geometric_mean, in_own_process, medians_in_turns, results_file, set_threads, write_results
 
 SHAPES = [(16, 56, 56, 64), (8, 14, 14, 1024), (2, 56, 56, 256), (1, 28, 28, 512)]
 MODES = ["graph", "xla"]

@@ -13,11 +13,7 @@ import resource
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from measurement import in_own_process
-from measurement import medians_in_turns
-from measurement import results_file
-from measurement import set_threads
-from measurement import write_results
+from measurement import in_own_process, medians_in_turns, results_file, set_threads, write_results
 
 MODELS = ["ResNet50V2", "EfficientNetB0"]
 BATCH_SIZES = [8, 32]

@@ -15,11 +15,7 @@ import comparison
 import grids
 import keras
 import tensorflow as tf
-from measurement import in_own_process
-from measurement import medians_in_turns
-from measurement import results_file
-from measurement import set_threads
-from measurement import write_results
+from measurement import in_own_process, medians_in_turns, results_file, set_threads, write_results
 
 BATCH_SIZES = [8, 64]
 BASELINE = "batch_norm"

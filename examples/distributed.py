@@ -47,9 +47,7 @@ from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_proxynorm import GroupNormProxy
-from keras_proxynorm import LayerNormProxy
-from keras_proxynorm import exclude_norm_from_weight_decay
+from keras_proxynorm import GroupNormProxy, LayerNormProxy, exclude_norm_from_weight_decay
 
 ENVIRONMENT = {
     "coordinator": "KERAS_DISTRIBUTION_JOB_ADDRESSES",

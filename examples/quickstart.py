@@ -27,11 +27,8 @@ from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_proxynorm import GroupNormProxy
-from keras_proxynorm import LayerNormProxy
-from keras_proxynorm import exclude_norm_from_weight_decay
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
+from keras_proxynorm import GroupNormProxy, LayerNormProxy, exclude_norm_from_weight_decay
+from keras_proxynorm.export import export_onnx, export_saved_model
 
 LOWEST_ACCURACY = 0.97
 LARGEST_DIFFERENCE = 1e-4

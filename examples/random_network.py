@@ -37,12 +37,10 @@ if not all(map(importlib.util.find_spec, ("sklearn", "matplotlib"))):
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-from keras import layers
-from keras import ops
+from keras import layers, ops
 from sklearn.datasets import load_digits
 
-from keras_proxynorm import GroupNormProxy
-from keras_proxynorm import LayerNormProxy
+from keras_proxynorm import GroupNormProxy, LayerNormProxy
 from keras_proxynorm.diagnostics import power_decomposition
 
 # The values of the paper.

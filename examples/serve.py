@@ -41,9 +41,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from quickstart import build_model
-from quickstart import load_data
-from quickstart import train
+from quickstart import build_model, load_data, train
 
 from keras_proxynorm.export import export_saved_model
 

@@ -8,8 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 import keras_proxynorm as kp
 

@@ -1,8 +1,7 @@
 """The table of docs/baselines.md is what benchmarks/comparison_table.py makes of the committed results; its plot."""
 
 import pytest
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 from keras_proxynorm.surgery.targets import TARGETS
 

@@ -6,8 +6,7 @@ import math
 from typing import NamedTuple
 
 import pytest
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 
 class Configuration(NamedTuple):

@@ -6,8 +6,7 @@ import sys
 import keras
 import pytest
 from backends import tensorflow_only
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 pytestmark = tensorflow_only
 

@@ -10,8 +10,7 @@ import sys
 
 import jax
 from distribution import samples
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def collectives(name, blocks):

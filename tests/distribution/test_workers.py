@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from distribution.processes import free_address
-from distribution.processes import run_together
+from distribution.processes import free_address, run_together
 
 # Sums of gradients in another order, so off by a few roundings of float32 (6e-8, relative to 1) after 8 steps.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}

@@ -10,10 +10,8 @@ import keras
 import numpy as np
 import pytest
 from backends import numpy
-from distribution.processes import free_address
-from distribution.processes import run_together
-from scripts import ROOT
-from scripts import load_script
+from distribution.processes import free_address, run_together
+from scripts import ROOT, load_script
 
 pytest.importorskip("jax")
 

@@ -8,8 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 import keras_proxynorm as kp
 

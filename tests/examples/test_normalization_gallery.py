@@ -7,8 +7,7 @@ import keras
 import pytest
 from backends import tensorflow_only
 from keras import layers
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

@@ -17,11 +17,9 @@ import uuid
 import numpy as np
 import pytest
 from backends import tensorflow_only
-from scripts import ROOT
-from scripts import load_script
+from scripts import ROOT, load_script
 
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
+from keras_proxynorm.export import export_onnx, export_saved_model
 
 pytestmark = tensorflow_only
 
