@@ -14,8 +14,6 @@ copyright = f"{author}, Apache License 2.0"
 version = release = keras_proxynorm.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-# A table that benchmarks/comparison_table.py writes; what there is to read about it is in baselines.md.
-exclude_patterns = ["comparison/*.md"]
 
 html_theme = "furo"
 html_title = "keras_proxynorm"
