@@ -1,6 +1,7 @@
 """The command line: from a .keras file to artefacts that were run and compared, and a table of what came of it."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -8,20 +9,23 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import keras
 import numpy as np
 
 from keras_proxynorm.export.onnx import export_onnx
+from keras_proxynorm.export.open_sizes import with_fixed_sizes
 from keras_proxynorm.export.saved_model import export_saved_model
-from keras_proxynorm.export.verification import Verification
-from keras_proxynorm.export.verification import artefact_inputs
-from keras_proxynorm.export.verification import fitting_runtimes
-from keras_proxynorm.export.verification import run_in_fresh_process
-from keras_proxynorm.export.verification import verify
+from keras_proxynorm.export.verification import (
+    CannotLoadError,
+    Verification,
+    artefact_inputs,
+    fitting_runtimes,
+    run_in_fresh_process,
+    verify,
+)
 
 __all__ = ["main"]
 
@@ -48,7 +52,13 @@ class _Exported:
 
     path: Path
     verification: Verification | None = None
-    latencies: dict[str, float] = field(default_factory=dict)
+    latencies: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes that the artefact takes along axes that it leaves open."""
+        compared = self.verification.comparisons[0].sizes if self.verification else None
+        return compared or (64, 64, 64)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,8 +107,8 @@ def _parse(arguments):
         type=_input_shape,
         action="append",
         default=[],
-        help="sizes that the model leaves open, without the batch: 224,224,3; once for each of several inputs, with "
-        "their names: image=224,224,3",
+        help="sizes that the model leaves open, without the batch: 224,224,3, or none,none,3 to leave them open in the "
+        "artefact, too; once for each of several inputs, with their names: image=224,224,3",
     )
     group.add_argument("--opset", metavar="N", type=_positive, help="version of the ONNX operators")
     group.add_argument("--float16-weights", action="store_true", help="store the weights of the ONNX file in float16")
@@ -161,7 +171,7 @@ def _run(options):
     if options.runs:
         _say(steps, steps, "measuring the latency")
         for artefact in exported:
-            artefact.latencies = _latencies(artefact.path, options)
+            artefact.latencies = _latencies(artefact, options)
     return exported
 
 
@@ -214,8 +224,9 @@ def _export(model, kind, target, options):
     return _Exported(path, *verifications)
 
 
-def _latencies(path, options):
-    """Median seconds of a call, for each runtime that is installed."""
+def _latencies(exported, options):
+    """Median seconds of a call, for each runtime that is installed and can load the artefact."""
+    path = exported.path
     try:
         runtimes = fitting_runtimes(path)
     except ImportError:
@@ -223,13 +234,17 @@ def _latencies(path, options):
     # 0 and 1 are valid for images and for the ids of tokens.
     rng = np.random.default_rng(0)
     inputs = {
-        name: rng.integers(0, 2, [size or 1 for size in shape]).astype(dtype)
+        name: rng.integers(0, 2, with_fixed_sizes(shape, 1, exported.sizes)).astype(dtype)
         for name, (shape, dtype) in artefact_inputs(path).items()
     }
-    return {
-        runtime: run_in_fresh_process(path, runtime, [inputs], threads=options.threads, runs=options.runs)[1]
-        for runtime in runtimes
-    }
+    latencies = {}
+    for runtime in runtimes:
+        # The comparison has given a warning.
+        with contextlib.suppress(CannotLoadError):
+            _, latencies[runtime] = run_in_fresh_process(
+                path, runtime, [inputs], threads=options.threads, runs=options.runs
+            )
+    return latencies
 
 
 def _table(exported, options):
@@ -294,6 +309,8 @@ def _batch_size(text):
 
 def _input_shape(text):
     name, _, sizes = text.rpartition("=")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes):
-        raise argparse.ArgumentTypeError(f"must be positive sizes, like 224,224,3 or image=224,224,3, not {text!r}")
-    return name or None, tuple(map(int, sizes.split(",")))
+    if not re.fullmatch(r"([1-9]\d*|none)(,([1-9]\d*|none))*", sizes):
+        raise argparse.ArgumentTypeError(
+            f"must be positive sizes or none, like 224,224,3 or image=none,none,3, not {text!r}"
+        )
+    return name or None, tuple(None if size == "none" else int(size) for size in sizes.split(","))

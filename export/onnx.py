@@ -1,28 +1,22 @@
 """Export to ONNX, for ONNX Runtime, OpenVINO and other inference engines."""
 
 import os
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import keras
 import numpy as np
 
 import keras_proxynorm
-from keras_proxynorm.export.atomic import check_free
-from keras_proxynorm.export.atomic import local_path
-from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.inference_model import folded_copy
-from keras_proxynorm.export.inference_model import inference_model
-from keras_proxynorm.export.onnx_conversion import check_opset
-from keras_proxynorm.export.onnx_conversion import convert
-from keras_proxynorm.export.onnx_weights import data_files
-from keras_proxynorm.export.onnx_weights import save
-from keras_proxynorm.export.onnx_weights import store_as_float16
+from keras_proxynorm.export.atomic import check_free, local_path, replacing
+from keras_proxynorm.export.inference_model import folded_copy, inference_model, unfolded_model
+from keras_proxynorm.export.onnx_conversion import check_opset, convert
+from keras_proxynorm.export.onnx_weights import data_files, save, store_as_float16
+from keras_proxynorm.export.open_sizes import has_open_sizes
+from keras_proxynorm.export.precision import in_float32
+from keras_proxynorm.export.repeatability import check_repeatable
 from keras_proxynorm.export.serving_function import serving_function
-from keras_proxynorm.export.verification import fitting_runtimes
-from keras_proxynorm.export.verification import verify_served
+from keras_proxynorm.export.verification import fitting_runtimes, verify_served
 
 __all__ = ["export_onnx"]
 
@@ -119,13 +113,17 @@ def export_onnx(
     if verify is True:
         fitting_runtimes(target)
     # Checks the arguments, before anything that takes time.
-    serving_function(model, batch_size, input_shape)
-    served, folded = model, "nothing"
+    _, signature = serving_function(model, batch_size, input_shape)
+    open_sizes = has_open_sizes(signature)
     if float16_weights:
-        served, folded = _with_float16_kernels(model, fold)
+        served, folded = _with_float16_kernels(model, fold, open_sizes)
     elif fold:
-        served, folded = inference_model(model, "onnx", through_gates=True)
-    serve, signature = serving_function(model, batch_size, input_shape, served)
+        served, folded = inference_model(model, "onnx", through_gates=True, open_sizes=open_sizes)
+    else:
+        served, folded = unfolded_model(model, open_sizes=open_sizes), "nothing"
+    served = in_float32(served, model)
+    serve, _ = serving_function(model, batch_size, input_shape, served)
+    check_repeatable(served, serve, signature)
     proto, arrays = convert(serve, signature, opset, served.variables)
     if float16_weights:
         store_as_float16(proto, arrays)
@@ -154,14 +152,14 @@ def export_onnx(
     return target
 
 
-def _with_float16_kernels(model, fold):
+def _with_float16_kernels(model, fold, open_sizes):
     """The folded model with kernels rounded to float16, and what was folded."""
     if not fold:
         raise ValueError(
             "Argument `float16_weights` needs fold=True, which makes a copy of the model that can be changed. "
             "Received: float16_weights=True, fold=False"
         )
-    folded, report = folded_copy(model, "onnx", through_gates=True)
+    folded, report = folded_copy(model, "onnx", through_gates=True, open_sizes=open_sizes)
     for weight in folded.weights:
         value = keras.ops.convert_to_numpy(weight)
         if value.ndim > 1 and value.dtype == "float32" and np.all(np.abs(value) <= np.finfo("float16").max):

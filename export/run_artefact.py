@@ -4,7 +4,8 @@
     python -P run_artefact.py model.onnx onnxruntime inputs.npz outputs.npz --threads 2 --runs 50
 
 `inputs.npz` has the arrays of several calls, "0/image", "1/image" and so on for an input "image"; `outputs.npz` gets
-those of the outputs, named likewise, and with `--runs` the median of the seconds that a call took, as "seconds".
+those of the outputs, named likewise, and with `--runs` the median of the seconds that a call took, as "seconds". The
+exit status is 3 if the runtime cannot load the artefact.
 """
 
 import argparse
@@ -12,10 +13,14 @@ import collections
 import os
 import sys
 import time
+import traceback
 
 import numpy as np
 
-__all__ = ["RUNTIMES", "main"]
+__all__ = ["CANNOT_LOAD", "RUNTIMES", "main"]
+
+# Exit status.
+CANNOT_LOAD = 3
 
 
 def load_with_tensorflow(path, threads):
@@ -31,7 +36,13 @@ def load_with_tensorflow(path, threads):
 
     def run(inputs):
         # Not taken out of the model beforehand: a signature alone does not keep its variables alive.
-        outputs = model.signatures["serving_default"](**{name: tf.constant(x) for name, x in inputs.items()})
+        serve = model.signatures["serving_default"]
+        _, specs = serve.structured_input_signature
+        # In a .npz file bfloat16 is nothing but two bytes.
+        arrays = {
+            name: x.view(specs[name].dtype.as_numpy_dtype) if x.dtype.kind == "V" else x for name, x in inputs.items()
+        }
+        outputs = serve(**{name: tf.constant(x) for name, x in arrays.items()})
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
     return run
@@ -79,7 +90,11 @@ def main(arguments=None):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # From here on these cannot be imported.
     sys.modules.update(dict.fromkeys(("keras", "keras_proxynorm", "tf_keras")))
-    run = RUNTIMES[options.runtime](options.artefact, options.threads)
+    try:
+        run = RUNTIMES[options.runtime](options.artefact, options.threads)
+    except Exception:  # whatever a runtime raises
+        traceback.print_exc()
+        sys.exit(CANNOT_LOAD)
     calls = collections.defaultdict(dict)
     with np.load(options.inputs) as file:
         for key, array in file.items():

@@ -1,18 +1,21 @@
 """Export to a TensorFlow SavedModel in the layout of TensorFlow Serving."""
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import as_positive_integer_or_none
 from keras_proxynorm.compat import convert_variables_to_constants
-from keras_proxynorm.export.atomic import check_free
-from keras_proxynorm.export.atomic import local_path
-from keras_proxynorm.export.atomic import replacing
-from keras_proxynorm.export.inference_model import inference_model
+from keras_proxynorm.export.atomic import check_free, local_path, replacing
+from keras_proxynorm.export.inference_model import inference_model, unfolded_model
 from keras_proxynorm.export.logs import quiet
+from keras_proxynorm.export.open_sizes import has_open_sizes, sizes_to_try, with_fixed_sizes
+from keras_proxynorm.export.repeatability import check_repeatable
 from keras_proxynorm.export.serving_function import serving_function
 from keras_proxynorm.export.verification import verify_served
 from keras_proxynorm.export.warm_up import write_warm_up_requests
@@ -29,10 +32,10 @@ def export_saved_model(
     directory: str | os.PathLike,
     *,
     batch_size: int | None = 1,
-    input_shape=None,
+    input_shape: Sequence | Mapping | None = None,
     version: int | None = None,
     fold: bool = True,
-    verify: bool | Callable = True,
+    verify: bool | Callable[..., object] = True,
     warmup: bool = True,
     xla_signature: bool = False,
     overwrite: bool = False,
@@ -90,21 +93,25 @@ def export_saved_model(
     '1'
     TensorShape([1, 6, 6, 16])
     """
-    directory = local_path("directory", directory)
-    if version is not None and (isinstance(version, bool) or not isinstance(version, int) or version < 1):
-        raise ValueError(f"Argument `version` must be a positive integer or None. Received: version={version!r}")
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"Argument `directory` must not be a file. Received: directory={str(directory)!r}")
-    target = directory / str(_next_version(directory) if version is None else version)
+    folder = local_path("directory", directory)
+    version = as_positive_integer_or_none("version", version)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Argument `directory` must not be a file. Received: directory={str(folder)!r}")
+    target = folder / str(_next_version(folder) if version is None else version)
     check_free(target, overwrite)
-    # First of all, because it checks the arguments.
-    serving_function(model, batch_size, input_shape)
-    served = inference_model(model, "tensorflow")[0] if fold else model
+    # Checks the arguments, before anything that takes time.
+    _, signature = serving_function(model, batch_size, input_shape)
+    if fold:
+        served, _ = inference_model(model, "tensorflow", open_sizes=has_open_sizes(signature))
+    else:
+        served = unfolded_model(model, open_sizes=has_open_sizes(signature))
+    serve, _ = serving_function(model, batch_size, input_shape, served)
+    check_repeatable(served, serve, signature)
     with replacing(target, overwrite) as temporary, quiet("absl", "tensorflow"):
-        _write(model, served, temporary, batch_size, input_shape, as_constants=fold, xla_signature=xla_signature)
+        functions = _traced(serve, signature, served, with_xla=xla_signature)
+        _write(functions, served, temporary, as_constants=fold)
         if warmup:
-            _, signature = serving_function(model, batch_size, input_shape)
-            write_warm_up_requests(temporary, [_request(signature)])
+            _warm_up(functions["serve"], signature, temporary)
         if verify is True:
             verify_served(model, model, temporary, input_shape=input_shape)
         elif verify:
@@ -112,30 +119,37 @@ def export_saved_model(
     return target
 
 
-def _next_version(directory):
+def _next_version(directory: Path) -> int:
     if not directory.exists():
         return 1
     return 1 + max((int(child.name) for child in directory.iterdir() if child.name.isdecimal()), default=0)
 
 
-def _write(model, served, path, batch_size, input_shape, as_constants, xla_signature):
+def _traced(serve: Callable, signature: Sequence[Any], served: keras.Model, *, with_xla: bool) -> dict[str, Any]:
+    """The functions to write, traced, by the names that `model.export` gives them, for keras.layers.TFSMLayer."""
     import tensorflow as tf
 
+    def serve_without_changes(*tensors):
+        # A layer that draws random numbers and does not use them changes the state of their generator.
+        with keras.StatelessScope():
+            return serve(*tensors)
+
     def traced(**options):
-        serve, signature = serving_function(model, batch_size, input_shape, served)
-        function = tf.function(serve, input_signature=signature, autograph=False, **options)
+        function = tf.function(serve_without_changes, input_signature=signature, autograph=False, **options)
         function.get_concrete_function()
         return function
 
-    # Named as by model.export, for keras.layers.TFSMLayer.
     functions = {"serve": traced()}
-    if xla_signature:
-        if served is not model:
-            set_form(served, "keras")
+    if with_xla:
+        # No other form is in the user's own model.
+        set_form(served, "keras")
         functions["serving_xla"] = traced(jit_compile=True)
+    return functions
+
+
+def _write(functions: Mapping[str, Any], served: keras.Model, path: Path, *, as_constants: bool) -> None:
     if as_constants and _can_be_constants(served, functions.values()):
-        functions = {name: _frozen(traced, name == "serving_xla") for name, traced in functions.items()}
-        _save_constants(functions, path)
+        _save_constants({name: _frozen(traced, name == "serving_xla") for name, traced in functions.items()}, path)
     else:
         archive = keras.export.ExportArchive()
         archive.track(served)
@@ -145,7 +159,7 @@ def _write(model, served, path, batch_size, input_shape, as_constants, xla_signa
         archive.write_out(str(path), verbose=False)
 
 
-def _can_be_constants(model, functions):
+def _can_be_constants(model: keras.Model, functions: Iterable[Any]) -> bool:
     """Whether all that the functions read is in variables, and little enough for a graph."""
     variables = {id(variable.value.handle) for variable in model.variables}
     resources = {
@@ -184,11 +198,26 @@ def _save_constants(functions, path):
     tf.saved_model.save(module, str(path), signatures=signatures, options=options)
 
 
-def _request(signature):
-    """A request with the smallest sizes that the signature takes."""
-    return {
-        spec.name: np.full([size or 1 for size in spec.shape], "" if spec.dtype == "string" else 0).astype(
-            spec.dtype.as_numpy_dtype
-        )
-        for spec in signature
-    }
+def _warm_up(function, signature: Sequence[Any], path: Path) -> None:
+    """Adds a request with the smallest sizes that the function takes."""
+    import tensorflow as tf
+
+    for sizes in sizes_to_try(signature):
+        request = {spec.name: _zeros(spec, sizes) for spec in signature}
+        if sizes:
+            try:
+                function(*(tf.constant(array) for array in request.values()))
+            except tf.errors.InvalidArgumentError:
+                continue
+        write_warm_up_requests(path, [request])
+        return
+    warnings.warn(
+        "The SavedModel has no warm-up request, because the model takes none of the sizes that were tried. Write one "
+        "with `write_warm_up_requests`.",
+        stacklevel=3,
+    )
+
+
+def _zeros(spec, sizes):
+    shape = with_fixed_sizes(spec.shape, 1, sizes)
+    return np.full(shape, "" if spec.dtype == "string" else 0).astype(spec.dtype.as_numpy_dtype)

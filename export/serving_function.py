@@ -1,11 +1,13 @@
 """A model as a function of named tensors with a fixed signature: what every export writes down."""
 
 import inspect
+import numbers
 import re
 from collections.abc import Callable
 
 import keras
 
+from keras_proxynorm.arguments import as_positive_integer_or_none, check_built_model
 from keras_proxynorm.kernels import reduction
 
 __all__ = ["serving_function"]
@@ -22,7 +24,8 @@ def serving_function(
     Args:
         model: A built model.
         batch_size: Positive integer, or None for any batch size.
-        input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples.
+        input_shape: Sizes of the inputs without the batch: None, a tuple, or a list or dict of tuples. A size that is
+            None stays open.
         served: The model that computes, such as the folded one, under the names of `model`. Defaults to `model`.
 
     Returns:
@@ -41,18 +44,8 @@ def serving_function(
         )
     import tensorflow as tf
 
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Argument `model` must be a keras.Model. Received: model={model!r}")
-    if not model.built:
-        raise ValueError(
-            "Argument `model` must be built, so that it has weights: call it on a batch, or begin a Sequential with a "
-            f"keras.Input. Received: model={model!r}"
-        )
-    if batch_size is not None and not _is_size(batch_size):
-        raise ValueError(
-            "Argument `batch_size` must be a positive integer, or None for any batch size. "
-            f"Received: batch_size={batch_size!r}"
-        )
+    check_built_model(model)
+    batch_size = as_positive_integer_or_none("batch_size", batch_size)
     if getattr(model, "inputs", None) is None:
         structure, inputs = _declared_inputs(model, input_shape)
     else:
@@ -81,10 +74,11 @@ def _known_inputs(model, batch_size, input_shape):
         own = tensor.shape[1:]
         if given is None and None in own:
             example = tuple(size or 224 for size in own)
-            several = f" in a list or dict with a tuple for each of {names}" if len(names) > 1 else ""
+            several = f", in a list or dict with a tuple for each of {names}" if len(names) > 1 else ""
             raise ValueError(
                 f"Argument `input_shape` must give the sizes that the input '{tensor.name}' of shape {own} leaves "
-                f"open, for example {example}{several}. Received: input_shape={input_shape!r}"
+                f"open, for example {example}, or say that the file leaves them open, too: {own}{several}. "
+                f"Received: input_shape={input_shape!r}"
             )
         shape = own if given is None else tuple(given)
         if len(shape) != len(own) or any(size not in (None, other) for size, other in zip(own, shape, strict=True)):
@@ -143,18 +137,19 @@ def _align(input_shape, names):
         shapes = [input_shape] if _is_shape(input_shape) else input_shape
     if not isinstance(shapes, (list, tuple)) or len(shapes) != len(names) or not all(map(_is_shape, shapes)):
         raise ValueError(
-            "Argument `input_shape` must be a tuple of positive integers, the sizes without the batch, or a list or "
-            f"dict with such a tuple for each of the inputs {names}. Received: input_shape={input_shape!r}"
+            "Argument `input_shape` must be a tuple of the sizes without the batch, positive integers or None for an "
+            f"open size, or a list or dict with such a tuple for each of the inputs {names}. "
+            f"Received: input_shape={input_shape!r}"
         )
     return shapes
 
 
 def _is_shape(value):
-    return isinstance(value, (list, tuple)) and all(map(_is_size, value))
+    return isinstance(value, (list, tuple)) and all(size is None or _is_size(size) for size in value)
 
 
 def _is_size(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def _name_outputs(model, outputs):

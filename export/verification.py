@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,16 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_proxynorm.arguments import argument_error, as_positive
 from keras_proxynorm.export.atomic import local_path
+from keras_proxynorm.export.open_sizes import has_open_sizes, sizes_to_try, with_fixed_sizes, with_traceable_resizing
+from keras_proxynorm.export.precision import HALVES
+from keras_proxynorm.export.repeatability import check_repeatable
+from keras_proxynorm.export.run_artefact import CANNOT_LOAD
 from keras_proxynorm.export.serving_function import serving_function
 
 __all__ = [
+    "CannotLoadError",
     "Comparison",
     "Verification",
     "VerificationError",
@@ -43,8 +49,11 @@ _INPUTS = {
 # under 1e-4 for MobileNetV2 and ResNet50V2, folded too, and 3e-3 where a normalization reads inputs of 1e4.
 _ROUNDING_FACTOR = 15
 _ROUNDING_DRAWS = 3
+_SIZES_TO_COMPARE = 2
 _UNITS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 _FLOAT32_UNIT = 2.0**-23
+# What is smaller than this is 0 in float16; other dtypes have numbers that are small enough.
+_SMALLEST_FLOAT16 = 2.0**-24
 
 
 class VerificationError(ValueError):
@@ -67,6 +76,10 @@ class VerificationError(ValueError):
     """
 
 
+class CannotLoadError(VerificationError):
+    """Raised if a runtime cannot load an artefact, which is the runtime's fault if another one can."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One output of an artefact beside that of the model, for one set of inputs.
@@ -80,6 +93,7 @@ class Comparison:
         difference: The largest absolute difference, over elements that are finite in the model's output. Infinite if
             one is NaN in the artefact's.
         allowed: What `difference` may be.
+        sizes: The sizes of the inputs along the axes that follow the batch, if the artefact leaves some open; or None.
     """
 
     runtime: str
@@ -89,6 +103,7 @@ class Comparison:
     scale: float
     difference: float
     allowed: float
+    sizes: tuple[int, ...] | None = None
 
     @property
     def relative(self) -> float:
@@ -103,9 +118,10 @@ class Comparison:
         return self.difference <= self.allowed
 
     def __str__(self):
+        sizes = "" if self.sizes is None else f", sizes {'x'.join(map(str, self.sizes))}"
         return (
             f"{self.runtime}: relative difference {self.relative:.1e} (absolute {self.difference:.1e}, "
-            f"{self.allowed:.1e} allowed), output '{self.output}', {self.inputs} inputs, batch {self.batch_size}"
+            f"{self.allowed:.1e} allowed), output '{self.output}', {self.inputs} inputs, batch {self.batch_size}{sizes}"
         )
 
 
@@ -145,7 +161,7 @@ def verify(
     path: str | os.PathLike,
     *,
     runtimes: Sequence[str] | None = None,
-    input_shape=None,
+    input_shape: Sequence | Mapping | None = None,
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Verification:
@@ -154,14 +170,18 @@ def verify(
     The inputs are ordinary ones and extreme ones: standard normal, uniform from 0 to 255 as in images, all zero, all
     100, with a mean of 1e4, and of size 1e-6; integer inputs get 0, 1 and small numbers. Sets that the model itself
     refuses, such as fractions for the ids of an embedding, are left out. An artefact that takes any batch size is run
-    with 1 and 3.
+    with 1 and 3, and one that leaves other sizes open with the first two that the model takes of those that are tried,
+    64x64 and 96x64 for most models.
 
     The difference of an output is the largest over its elements, divided by the largest absolute value of the model's
     output. A right artefact adds up in another order, so it differs from the model by rounding, and how much that is
     depends on the model and the input. The function therefore measures, for each set of inputs, how far the model's
     own output moves when all weights and inputs move at random by a unit in the last place (of float32, or of the half
     precision that the model computes in), and allows fifteen times that where it is more than `tolerance`. The model is
-    evaluated on the CPU.
+    evaluated on the CPU. What the model computes in half precision, an artefact may give in float32.
+
+    If one of several runtimes cannot load the artefact, as OpenVINO cannot load some recurrent layers, the others
+    decide, and a warning names that one. It is an error if `runtimes` names it.
 
     Args:
         model: The Keras model, on the TensorFlow backend.
@@ -177,10 +197,11 @@ def verify(
 
     Raises:
         VerificationError: If a difference is larger than allowed; if names, shapes or dtypes are not the model's; if an
-            output is NaN or infinite where the model's is finite; or if the process fails. A ValueError.
+            output is NaN or infinite where the model's is finite; if a process fails; or if no runtime can load the
+            artefact. A ValueError.
         ImportError: If no runtime, or one of `runtimes`, is not installed.
         RuntimeError: If the Keras backend is not TensorFlow.
-        ValueError: If an argument is not of the form above.
+        ValueError: If an argument is not of the form above, or if the model draws random numbers at inference.
 
     Example:
 
@@ -205,29 +226,39 @@ def verify_served(
     path: str | os.PathLike,
     *,
     runtimes: Sequence[str] | None = None,
-    input_shape=None,
+    input_shape: Sequence | Mapping | None = None,
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Verification:
     """As `verify`, with what another model computes under the names of `model`."""
     artefact = local_path("path", path)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < float("inf"):
-        raise ValueError(f"Argument `tolerance` must be a positive number. Received: tolerance={tolerance!r}")
+    tolerance = as_positive("tolerance", tolerance)
     inputs = artefact_inputs(artefact)
-    runtimes = fitting_runtimes(artefact, runtimes)
     calls = _reference_calls(model, served, inputs, input_shape, np.random.default_rng(seed))
-    comparisons = []
-    for runtime in runtimes:
-        outputs, _ = run_in_fresh_process(artefact, runtime, [call.inputs for call in calls])
+    comparisons: list[Comparison] = []
+    unloaded: list[CannotLoadError] = []
+    for runtime in fitting_runtimes(artefact, runtimes):
+        try:
+            outputs, _ = run_in_fresh_process(artefact, runtime, [call.inputs for call in calls])
+        except CannotLoadError as error:
+            if runtimes is not None:
+                raise
+            unloaded.append(error)
+            continue
         for call, received in zip(calls, outputs, strict=True):
             comparisons.extend(_compare(runtime, call, received, tolerance))
+    if unloaded and not comparisons:
+        raise unloaded[0]
     failed = [comparison for comparison in comparisons if not comparison.passed]
     if failed:
         raise VerificationError(
             f"The artefact must compute what `model` computes, and does not for {len(failed)} of {len(comparisons)} "
             f"outputs that were compared. Received:\n{Verification(tuple(failed))}"
         )
-    return Verification(tuple(comparisons))
+    verification = Verification(tuple(comparisons))
+    for error in unloaded:
+        warnings.warn(f"{', '.join(verification.worst)} computes what the model does, but {error}", stacklevel=3)
+    return verification
 
 
 def artefact_inputs(path: Path) -> dict[str, tuple[tuple[int | None, ...], str]]:
@@ -236,13 +267,12 @@ def artefact_inputs(path: Path) -> dict[str, tuple[tuple[int | None, ...], str]]
     Raises:
         ValueError: If it is neither a SavedModel with the signature "serving_default" nor an ONNX file.
     """
-    try:
-        return _saved_model_inputs(path) if path.is_dir() else _onnx_inputs(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            "Argument `path` must be the directory of a SavedModel's version, with the signature 'serving_default', or "
-            f"an ONNX file. Received: path={str(path)!r} ({error})"
-        ) from error
+    return _saved_model_inputs(path) if path.is_dir() else _onnx_inputs(path)
+
+
+def _no_artefact(path, reason):
+    expected = "the directory of a SavedModel's version, with the signature 'serving_default', or an ONNX file"
+    return argument_error("path", str(path), f"{expected} ({reason})")
 
 
 def _saved_model_inputs(path):
@@ -251,29 +281,39 @@ def _saved_model_inputs(path):
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     try:
-        (graph,) = SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
-    except DecodeError as error:
-        raise ValueError("not a SavedModel") from error
-    inputs = dict(graph.signature_def)["serving_default"].inputs
+        graphs = SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
+    except (OSError, DecodeError) as error:
+        raise _no_artefact(path, error) from error
+    signatures = dict(graphs[0].signature_def) if len(graphs) == 1 else {}
+    if "serving_default" not in signatures:
+        raise _no_artefact(path, f"{len(graphs)} graphs with the signatures {sorted(signatures)}")
     return {
-        name: (tuple(tf.TensorShape(info.tensor_shape)), tf.as_dtype(info.dtype).name) for name, info in inputs.items()
+        name: (tuple(tf.TensorShape(info.tensor_shape)), tf.as_dtype(info.dtype).name)
+        for name, info in signatures["serving_default"].inputs.items()
     }
 
 
 def _onnx_inputs(path):
     import onnx
-    from google.protobuf.message import DecodeError
 
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except DecodeError as error:
-        raise ValueError("not an ONNX file") from error
     inputs = {}
-    for value in graph.input:
+    for value in _onnx_graph(path).input:
         kind = value.type.tensor_type
+        if not kind.elem_type:
+            raise _no_artefact(path, f"its input '{value.name}' is no tensor")
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
         inputs[value.name] = shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return inputs
+
+
+def _onnx_graph(path):
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise _no_artefact(path, error) from error
 
 
 def fitting_runtimes(path: Path, runtimes: Sequence[str] | None = None) -> list[str]:
@@ -317,7 +357,8 @@ def run_in_fresh_process(
         ``(outputs, seconds)``: the outputs of each call, by name, and the median time of a call, None without `runs`.
 
     Raises:
-        VerificationError: If the process fails, with the end of what it wrote to stderr.
+        CannotLoadError: If the runtime cannot load the artefact, with the end of what the process wrote to stderr.
+        VerificationError: If the process fails later, likewise.
     """
     with tempfile.TemporaryDirectory() as directory:
         inputs_path, outputs_path = Path(directory, "inputs.npz"), Path(directory, "outputs.npz")
@@ -330,8 +371,10 @@ def run_in_fresh_process(
         done = subprocess.run(
             list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )
+        end = "\n".join(done.stderr.strip().splitlines()[-5:])
+        if done.returncode == CANNOT_LOAD:
+            raise CannotLoadError(f"{runtime} cannot load the artefact{_possible_reason(path)}. Received:\n{end}")
         if done.returncode != 0 or not outputs_path.exists():
-            end = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise VerificationError(
                 f"The artefact must run in {runtime}. Received: exit status {done.returncode} of the process that ran "
                 f"{str(path)!r}, which ended with:\n{end}"
@@ -348,12 +391,32 @@ def run_in_fresh_process(
     return outputs, seconds
 
 
+def _possible_reason(path):
+    """What the artefact has that not every runtime can load, as the end of a sentence; or nothing."""
+    if path.is_dir():
+        return ""
+    import onnx
+
+    graph = _onnx_graph(path)
+    loops = sorted({node.op_type for node in graph.node} & {"GRU", "LSTM", "Loop", "RNN", "Scan"})
+    if loops:
+        return f". The reason may be recurrent layers ({', '.join(loops)})"
+    dtypes = {onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name for tensor in graph.initializer}
+    for dtype in dtypes & {"bfloat16", "float64"}:
+        return (
+            f". The reason may be {dtype}, in which it cannot compute all operations. Make the model again under the "
+            "policy 'float32' and load its weights there with `load_weights`, or use export_saved_model"
+        )
+    return ""
+
+
 @dataclass(frozen=True)
 class _Call:
     """Inputs, the model's outputs for them, and how far a unit of rounding moves these."""
 
     name: str
     batch_size: int
+    sizes: tuple[int, ...] | None
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
     rounding: dict[str, float]
@@ -368,23 +431,33 @@ def _reference_calls(model, served, inputs, input_shape, rng):
     if input_shape is None and set(own) == set(inputs) and any(None in shape for shape in own.values()):
         input_shape = {name: shape[1:] for name, (shape, _) in inputs.items()}
     serve, signature = serving_function(model, batch_size, input_shape, served=served)
+    if has_open_sizes(signature):
+        served = with_traceable_resizing(served)
+        serve, _ = serving_function(model, batch_size, input_shape, served=served)
     expected = {spec.name: (tuple(spec.shape), spec.dtype.name) for spec in signature}
     if inputs != expected:
         raise VerificationError(
             f"The artefact must have the inputs of `model`, {_listed(expected)}. Received: {_listed(inputs)}"
         )
+    check_repeatable(served, serve, signature)
     # On the CPU, because GPUs round float32 convolutions to TensorFloat-32.
     with tf.device("/CPU:0"):
-        evaluate, weights, unit = _evaluation(served, serve, signature)
-        calls = []
-        for size, name in itertools.product((1, 3) if batch_size is None else (batch_size,), _INPUTS):
-            drawn = {spec.name: _draw(name, spec, size, rng) for spec in signature}
-            try:
-                outputs = evaluate(weights, drawn)
-            except tf.errors.InvalidArgumentError as error:
-                refusal = error
-                continue
-            calls.append(_Call(name, size, drawn, outputs, dict.fromkeys(outputs, 0.0)))
+        evaluate, weights, unit, smallest = _evaluation(served, serve, signature)
+        calls: list[_Call] = []
+        for sizes in sizes_to_try(signature):
+            taken = {call.sizes for call in calls}
+            if len(taken) == _SIZES_TO_COMPARE:
+                break
+            for size, name in itertools.product((1, 3) if batch_size is None else (batch_size,), _INPUTS):
+                drawn = {
+                    spec.name: _draw(name, spec, with_fixed_sizes(spec.shape, size, sizes), rng) for spec in signature
+                }
+                try:
+                    outputs = evaluate(weights, drawn)
+                except tf.errors.InvalidArgumentError as error:
+                    refusal = error
+                    continue
+                calls.append(_Call(name, size, sizes or None, drawn, outputs, dict.fromkeys(outputs, smallest)))
         if not calls:
             raise ValueError(f"Argument `model` must take inputs that are all zero, for one. Received:\n{refusal}")
         for _ in range(_ROUNDING_DRAWS):
@@ -403,12 +476,17 @@ def _reference_calls(model, served, inputs, input_shape, rng):
     return calls
 
 
+def _is_dtype_of(received: str, expected: str) -> bool:
+    """Whether an artefact may give this dtype for that of the model."""
+    return received == expected or (received == "float32" and expected in HALVES)
+
+
 def _listed(inputs):
     return ", ".join(f"{name}: {dtype} {shape}" for name, (shape, dtype) in sorted(inputs.items()))
 
 
 def _evaluation(model, serve, signature):
-    """The model as a function of weights and inputs, its weights, and the unit of rounding that it computes with."""
+    """The model as a function of weights and inputs, its weights, and the relative and absolute unit of rounding."""
     import tensorflow as tf
 
     variables = [variable for variable in model.variables if "float" in variable.dtype]
@@ -423,18 +501,19 @@ def _evaluation(model, serve, signature):
     operations = traced.get_concrete_function().graph.get_operations()
     dtypes = {tensor.dtype.name for operation in operations for tensor in operation.outputs}
     unit = max(_UNITS.get(dtype, _FLOAT32_UNIT) for dtype in dtypes)
+    smallest = _SMALLEST_FLOAT16 if "float16" in dtypes else 0.0
 
     def evaluate(values, inputs):
         outputs = traced(values, [tf.constant(inputs[spec.name]) for spec in signature])
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
     # Not copied: these may be large.
-    return evaluate, [tf.convert_to_tensor(variable) for variable in variables], unit
+    return evaluate, [tf.convert_to_tensor(variable) for variable in variables], unit, smallest
 
 
-def _draw(name, spec, batch_size, rng):
+def _draw(name, spec, shape, rng):
     """An array for an input of the model."""
-    shape, dtype = (batch_size, *spec.shape[1:]), spec.dtype
+    dtype = spec.dtype
     floats, limit = _INPUTS[name]
     if dtype.is_floating:
         return floats(rng, shape).astype(dtype.as_numpy_dtype)
@@ -477,7 +556,7 @@ def _compare(runtime, call, received, tolerance):
         # In a .npz file bfloat16 is nothing but two bytes.
         if output.dtype == "V2" and expected.dtype.name == "bfloat16":
             output = output.view(expected.dtype)
-        if output.shape != expected.shape or output.dtype != expected.dtype:
+        if output.shape != expected.shape or not _is_dtype_of(output.dtype.name, expected.dtype.name):
             raise VerificationError(
                 f"The artefact must give output '{name}' with shape {expected.shape} and dtype {expected.dtype}. "
                 f"Received from {runtime}: {output.shape} and {output.dtype}"
@@ -485,4 +564,4 @@ def _compare(runtime, call, received, tolerance):
         scale = float(np.abs(expected[np.isfinite(expected)].astype("float64")).max(initial=0))
         difference = _largest_difference(output, expected)
         allowed = max(tolerance * scale, _ROUNDING_FACTOR * call.rounding[name])
-        yield Comparison(runtime, name, call.name, call.batch_size, scale, difference, allowed)
+        yield Comparison(runtime, name, call.name, call.batch_size, scale, difference, allowed, call.sizes)

@@ -1,14 +1,12 @@
 """Warm-up requests for TensorFlow Serving: what it runs while it loads a SavedModel, so that no user waits for it."""
 
 import os
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from keras_proxynorm.export.atomic import local_path
-from keras_proxynorm.export.atomic import replacing
+from keras_proxynorm.export.atomic import local_path, replacing
 
 __all__ = ["write_warm_up_requests"]
 
@@ -69,9 +67,7 @@ def write_warm_up_requests(
     import tensorflow as tf
 
     try:
-        from tensorflow_serving.apis import model_pb2
-        from tensorflow_serving.apis import predict_pb2
-        from tensorflow_serving.apis import prediction_log_pb2
+        from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
     except ImportError as error:
         raise ImportError("Writing warm-up requests needs: pip install tensorflow-serving-api") from error
 

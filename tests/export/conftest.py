@@ -8,12 +8,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from layers.samples import normal
-from layers.samples import randomize
+from layers.samples import normal, randomize
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import onnx
-from keras_proxynorm.export import saved_model
+from keras_proxynorm.export import onnx, saved_model
 
 ACTIVATIONS = ("relu", "silu", "gelu", "hard_silu", "relu6", "celu", None)
 

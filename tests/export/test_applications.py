@@ -6,8 +6,7 @@ import pytest
 from backends import tensorflow_only
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
+from keras_proxynorm.export import export_onnx, export_saved_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -4,9 +4,7 @@ import pathlib
 
 import pytest
 
-from keras_proxynorm.export.atomic import check_free
-from keras_proxynorm.export.atomic import local_path
-from keras_proxynorm.export.atomic import replacing
+from keras_proxynorm.export.atomic import check_free, local_path, replacing
 
 
 def write(path, content, directory):

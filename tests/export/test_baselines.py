@@ -3,17 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from backends import numpy
-from backends import tensorflow_only
-from baselines.samples import BASELINES
-from baselines.samples import convolution
-from baselines.samples import normal
-from baselines.samples import randomize
+from backends import numpy, tensorflow_only
+from baselines.samples import BASELINES, convolution, normal, randomize
 
 from keras_proxynorm import baselines as bl
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import fold
+from keras_proxynorm.export import export_onnx, export_saved_model, fold
 
 pytestmark = tensorflow_only
 

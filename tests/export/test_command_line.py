@@ -12,8 +12,7 @@ from backends import tensorflow_only
 
 import keras_proxynorm as kp
 from keras_proxynorm.export import command_line
-from keras_proxynorm.export.verification import VerificationError
-from keras_proxynorm.export.verification import artefact_inputs
+from keras_proxynorm.export.verification import VerificationError, artefact_inputs
 
 pytestmark = tensorflow_only
 
@@ -212,8 +211,7 @@ def test_as_a_module(monkeypatch, capsys):
 def test_size_counts_the_files_of_the_weights(tmp_path):
     import numpy as np
     import onnx
-    from onnx import helper
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
     values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1000]) for name in "xy"]
     weights = [numpy_helper.from_array(np.ones((1, 1000), "float32"), "w")]

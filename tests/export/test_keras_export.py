@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from backends import tensorflow_only
 from keras import layers
-from layers.samples import normal
-from layers.samples import randomize
+from layers.samples import normal, randomize
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import fold
+from keras_proxynorm.export import export_saved_model, fold
 
 
 def network():

@@ -16,9 +16,7 @@ import pytest
 from backends import tensorflow_only
 from layers.samples import normal
 
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import onnx_weights
+from keras_proxynorm.export import export_onnx, export_saved_model, onnx_weights
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")

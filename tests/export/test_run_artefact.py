@@ -10,9 +10,7 @@ import pytest
 from backends import tensorflow_only
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export import run_artefact
+from keras_proxynorm.export import export_onnx, export_saved_model, run_artefact
 
 pytestmark = tensorflow_only
 
@@ -89,7 +87,7 @@ def test_errors_can_be_read(onnx_file, run, tmp_path):
     _, done, _ = run(onnx_file, "onnx")
     assert done.returncode == 2 and "invalid choice: 'onnx'" in done.stderr
     _, done, _ = run(tmp_path / "none.onnx", "onnxruntime")
-    assert done.returncode == 1 and "none.onnx" in done.stderr.splitlines()[-1]
+    assert done.returncode == run_artefact.CANNOT_LOAD and "none.onnx" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import tensorflow_only
+from backends import BACKEND, tensorflow_only
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
+from keras_proxynorm.export import export_onnx, export_saved_model
 from keras_proxynorm.export.serving_function import serving_function
 
 
@@ -23,6 +21,11 @@ def signature(model, batch_size=1, input_shape=None):
 def open_model(*names):
     inputs = [keras.Input((None, None, 3), name=name) for name in names]
     return keras.Model(inputs, [kp.LayerNormProxy()(x) for x in inputs])
+
+
+def fixed_model(name):
+    x = keras.Input((8, 4), name=name)
+    return keras.Model(x, kp.LayerNormProxy()(x))
 
 
 class ListModel(keras.Model):
@@ -60,12 +63,17 @@ X = np.ones((2, 4), "float32")
         (lambda: open_model("x"), {"batch_size": 0}, "`batch_size` .*Received: batch_size=0"),
         (lambda: open_model("x"), {"batch_size": True}, "`batch_size`"),
         (lambda: open_model("x"), {"batch_size": 2.0}, "`batch_size`"),
-        (lambda: open_model("x"), {}, r"`input_shape` must.*input 'x'.*\(224, 224, 3\).*Received: input_shape=None"),
+        (
+            lambda: open_model("x"),
+            {},
+            r"`input_shape` must.*input 'x'.*\(224, 224, 3\), or .*open, too: \(None, None, 3\)\. Received: .*=None",
+        ),
         (lambda: open_model("x", "y"), {}, r"`input_shape` must.*input 'x'.*each of \['x', 'y'\]"),
         (lambda: open_model("x"), {"input_shape": (8, 3)}, r"`input_shape` must agree.*'x'.*Received: .*\(8, 3\)"),
         (lambda: open_model("x"), {"input_shape": (8, 8, 4)}, "`input_shape` must agree.*'x'"),
         (lambda: open_model("x"), {"input_shape": (1, 8, 8, 3)}, "`input_shape` must agree.*'x'"),
-        (lambda: open_model("x"), {"input_shape": (8, None, 3)}, "`input_shape` must be"),
+        (lambda: open_model("x"), {"input_shape": (8, None)}, "`input_shape` must agree.*'x'"),
+        (lambda: fixed_model("x"), {"input_shape": (None, 4)}, "`input_shape` must agree.*'x'"),
         (lambda: open_model("x"), {"input_shape": (8, 0, 3)}, "`input_shape` must be"),
         (lambda: open_model("x"), {"input_shape": 8}, "`input_shape` must be"),
         (lambda: open_model("x"), {"input_shape": "8"}, "`input_shape` must be"),
@@ -128,6 +136,7 @@ def test_signatures():
     expected = [("x", (5, 7, 4), "float32"), ("y", (5, 3), "int32")]
     for input_shape in ([(7, 4), (3,)], ((7, 4), (3,)), {"y": (3,), "x": (7, 4)}, [[7, 4], [3]]):
         assert signature(model, 5, input_shape) == expected
+    assert signature(model, None, [(None, 4), (3,)]) == [("x", (None, None, 4), "float32"), ("y", (None, 3), "int32")]
     assert signature(keras.Model([y], [y])) == [("y", (1, 3), "int32")]
     assert signature(keras.Model({"x": x}, x + 1.0), None, [(7, 4)]) == [("x", (None, 7, 4), "float32")]
 

@@ -1,24 +1,28 @@
 """Artefacts that are right pass, whatever the input; those that were tampered with in any way are refused."""
 
+import functools
 import importlib.util
 import sys
+import warnings
 
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
-from backends import tensorflow_only
+from backends import BACKEND, tensorflow_only
 from keras import layers
 from layers.samples import randomize
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import export_onnx
-from keras_proxynorm.export import export_saved_model
-from keras_proxynorm.export.verification import Verification
-from keras_proxynorm.export.verification import VerificationError
-from keras_proxynorm.export.verification import artefact_inputs
-from keras_proxynorm.export.verification import fitting_runtimes
-from keras_proxynorm.export.verification import verify
+from keras_proxynorm.export import export_onnx, export_saved_model
+from keras_proxynorm.export import verification as verification_module
+from keras_proxynorm.export.verification import (
+    CannotLoadError,
+    Verification,
+    VerificationError,
+    artefact_inputs,
+    fitting_runtimes,
+    verify,
+)
 
 ORT = ["onnxruntime"]
 SETS = ["normal", "pixel", "zero", "constant", "offset", "tiny"]
@@ -170,9 +174,9 @@ def test_outputs_of_another_form(onnx_file):
     with pytest.raises(VerificationError, match=r"'logits' with shape \(1, 4\).*onnxruntime: \(1, 5\)"):
         verify(network(units=4), onnx_file, runtimes=ORT)
     image = keras.Input((8, 8, 3), name="image")
-    halves = layers.Dense(5, name="logits", dtype="float16")(layers.GlobalAveragePooling2D()(image))
-    with pytest.raises(VerificationError, match=r"dtype float16.*float32"):
-        verify(keras.Model(image, halves), onnx_file, runtimes=ORT)
+    doubles = layers.Dense(5, name="logits", dtype="float64")(layers.GlobalAveragePooling2D()(image))
+    with pytest.raises(VerificationError, match=r"dtype float64.*float32"):
+        verify(keras.Model(image, doubles), onnx_file, runtimes=ORT)
 
 
 @tensorflow_only
@@ -187,8 +191,89 @@ def test_process_that_fails(model, tampered):
     def unknown_operator(graph):
         graph.node[0].op_type = "Unknown"
 
-    with pytest.raises(VerificationError, match="(?s)must run in onnxruntime.*exit status 1 .*Unknown"):
+    with pytest.raises(VerificationError, match="(?s)^onnxruntime cannot load the artefact. Received:.*Unknown"):
         verify(model, tampered(unknown_operator), runtimes=ORT)
+
+
+def fake_runtime(monkeypatch, runtime, failure):
+    """Makes one runtime fail in its own way."""
+    run = verification_module.run_in_fresh_process
+
+    def run_or_fail(path, name, calls, **options):
+        if name == runtime:
+            raise failure
+        return run(path, name, calls, **options)
+
+    monkeypatch.setattr(verification_module, "run_in_fresh_process", run_or_fail)
+
+
+@tensorflow_only
+def test_one_of_two_runtimes_cannot_load_it(model, onnx_file, monkeypatch):
+    pytest.importorskip("openvino")
+    fake_runtime(monkeypatch, "openvino", CannotLoadError("openvino cannot load the artefact."))
+    with pytest.warns(UserWarning, match="^onnxruntime computes what the model does, but openvino cannot load"):
+        assert list(verify(model, onnx_file).worst) == ORT
+    with pytest.raises(CannotLoadError, match="openvino cannot load"):
+        verify(model, onnx_file, runtimes=["onnxruntime", "openvino"])
+    with pytest.raises(VerificationError, match="onnxruntime: relative difference"):
+        keras.utils.set_random_seed(5)
+        verify(network(), onnx_file)
+
+
+@tensorflow_only
+def test_no_runtime_can_load_it(model, tampered):
+    def unknown_operator(graph):
+        graph.node[0].op_type = "Unknown"
+
+    with pytest.raises(CannotLoadError, match="(?s)^onnxruntime cannot load the artefact.*Unknown"):
+        verify(model, tampered(unknown_operator))
+
+
+@tensorflow_only
+def test_one_of_two_runtimes_fails_later(model, onnx_file, monkeypatch):
+    pytest.importorskip("openvino")
+    fake_runtime(monkeypatch, "openvino", VerificationError("The artefact must run in openvino."))
+    with pytest.raises(VerificationError, match="must run in openvino"):
+        verify(model, onnx_file)
+
+
+def text_recognition(recurrent):
+    image = keras.Input((16, 32, 1), name="image")
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(8, 3, padding="same", use_bias=False)(image)))
+    x = layers.Reshape((16, 64))(layers.Permute((2, 1, 3))(layers.MaxPooling2D()(x)))
+    return keras.Model(image, layers.Dense(11, activation="softmax", name="chars")(recurrent(x)))
+
+
+RECURRENT = {
+    "lstm": lambda x: layers.Bidirectional(layers.LSTM(4, return_sequences=True))(x),
+    "gru": lambda x: layers.GRU(4, return_sequences=True)(x),
+}
+
+
+@tensorflow_only
+@pytest.mark.verified
+@pytest.mark.parametrize("batch_size", [1, None])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers(name, batch_size, tmp_path):
+    pytest.importorskip("onnxruntime")
+    openvino = pytest.importorskip("openvino")
+    model = kp.replace_normalization(text_recognition(RECURRENT[name]), compensate=True)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        path = export_onnx(model, tmp_path / "model.onnx", batch_size=batch_size)
+    messages = [str(warning.message) for warning in given if "cannot load" in str(warning.message)]
+    try:
+        openvino.Core().read_model(path)
+    except Exception:  # whatever OpenVINO raises
+        (message,) = messages
+        assert "openvino cannot load" in message and "The reason may be recurrent layers (Loop)" in message
+        only = functools.partial(verify, runtimes=["openvino"])
+        with pytest.raises(CannotLoadError, match="openvino cannot load.*recurrent layers"):
+            export_onnx(model, tmp_path / "other.onnx", batch_size=batch_size, verify=only)
+        assert not (tmp_path / "other.onnx").exists()
+    else:
+        assert messages == []
+    export_saved_model(model, tmp_path / "model", batch_size=batch_size)
 
 
 @tensorflow_only
@@ -236,6 +321,38 @@ def test_paths_that_are_no_artefacts(tmp_path):
 
 
 @tensorflow_only
+def test_a_saved_model_without_the_signature(tmp_path):
+    import tensorflow as tf
+
+    tf.saved_model.save(tf.Module(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"`path` must be .* with the signatures \['__saved_model_init_op'\]\)\. Received"
+    ):
+        artefact_inputs(tmp_path)
+
+
+def test_an_onnx_file_with_an_input_that_is_no_tensor(tmp_path):
+    from onnx import TensorProto, helper, save
+
+    sequence = helper.make_tensor_sequence_value_info("many", TensorProto.FLOAT, None)
+    output = helper.make_tensor_value_info("count", TensorProto.INT64, [])
+    node = helper.make_node("SequenceLength", ["many"], ["count"])
+    save(helper.make_model(helper.make_graph([node], "graph", [sequence], [output])), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"`path` must be .*\(its input 'many' is no tensor\)"):
+        artefact_inputs(tmp_path / "model.onnx")
+
+
+@tensorflow_only
+def test_a_fault_of_ours_is_not_one_of_the_path(onnx_file, monkeypatch):
+    def fault(path):
+        raise KeyError("fault")
+
+    monkeypatch.setattr(verification_module, "_onnx_graph", fault)
+    with pytest.raises(KeyError, match="fault"):
+        artefact_inputs(onnx_file)
+
+
+@tensorflow_only
 def test_ids(tmp_path):
     pytest.importorskip("onnxruntime")
     ids, mask = keras.Input((6,), dtype="int32", name="ids"), keras.Input((6, 1), dtype="bool", name="mask")
@@ -262,7 +379,7 @@ def test_strings(model, tmp_path):
     from keras_proxynorm.export.verification import _draw
 
     with pytest.raises(ValueError, match="floats, integers or booleans.*Received: input 'words' of string"):
-        _draw("normal", tf.TensorSpec((1, 3), "string", "words"), 1, np.random.default_rng(0))
+        _draw("normal", tf.TensorSpec((1, 3), "string", "words"), (1, 3), np.random.default_rng(0))
 
 
 @tensorflow_only
@@ -332,8 +449,7 @@ def test_as_text():
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="about the other backends")
 def test_other_backend(tmp_path):
-    from onnx import TensorProto
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "graph", values[:1], values[1:])
