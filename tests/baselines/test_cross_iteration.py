@@ -33,7 +33,6 @@ CASES = {
     "depthwise1d": (lambda **kw: layers.DepthwiseConv1D(3, dilation_rate=2, **kw), (3, 9, 2)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def make(case="conv2d", dtype=None, **kwargs):
@@ -295,8 +294,18 @@ def run_stateless(layer, mode, inputs, kernels):
     return outputs
 
 
-@every_mode
-@pytest.mark.parametrize("case", ["conv2d_strided", "conv2d_grouped", "depthwise", "dense_of_sequences"])
+# The test of channels_first compiles a strided convolution by XLA, `test_fit` a depthwise one.
+IN_XLA = ("conv2d_grouped", "dense_of_sequences")
+
+
+@pytest.mark.parametrize(
+    "case, mode",
+    [
+        pytest.param(case, mode, marks=pytest.mark.slow if mode == "xla" and case not in IN_XLA else ())
+        for case in ("conv2d_strided", "conv2d_grouped", "depthwise", "dense_of_sequences")
+        for mode in MODES
+    ],
+)
 def test_compiled(case, mode):
     layer, inputs = make(case, window=3), batches(case, 4)
     kernels = kernels_of(layer, 4)
@@ -318,8 +327,14 @@ def test_channels_first_is_channels_last_transposed(case):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("case", ["conv2d", "conv2d_strided", "conv2d_projection", "conv1d_causal"])
+@pytest.mark.parametrize(
+    "case, jit_compile",
+    [
+        *((case, False) for case in ("conv2d", "conv2d_strided", "conv2d_projection", "conv1d_causal")),
+        ("conv2d_strided", True),
+        *(pytest.param(x, True, marks=pytest.mark.slow) for x in ("conv2d", "conv2d_projection", "conv1d_causal")),
+    ],
+)
 def test_unknown_sizes(case, jit_compile):
     import tensorflow as tf
 

@@ -24,12 +24,15 @@ from baselines.samples import ALONE, BASELINES, BATCH, CONTAINING, built, convol
 from keras.src.testing import TestCase
 
 every_baseline = pytest.mark.parametrize("name", BASELINES)
-every_mode = pytest.mark.parametrize("mode", MODES)
 SHAPE = (6, 4, 4, 8)
 
 
 @every_baseline
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy",
+    # Values and dtypes of half precision are in `test_half_precision`, and in the check for mixed precision here.
+    ["float32", *(pytest.param(f"mixed_{dtype}", marks=pytest.mark.slow) for dtype in ("float16", "bfloat16"))],
+)
 def test_keras_layer_conformance(name, policy):
     keras.config.set_dtype_policy(policy)
     sample = built(BASELINES[name], SHAPE)
@@ -52,12 +55,10 @@ def test_keras_layer_conformance(name, policy):
 
 
 @every_baseline
-@every_mode
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
 @pytest.mark.parametrize("training", [False, True])
 def test_modes_agree(name, mode, training):
     """Values, gradients and new state are those of a call in eager mode."""
-    if BACKEND == "torch":
-        pytest.skip("has one mode")
     (x,) = tensors(normal(*SHAPE))
 
     def run(layer, mode):

@@ -12,19 +12,43 @@ import keras_proxynorm as kp
 every_layer = pytest.mark.parametrize("name", LAYERS)
 every_normalization = pytest.mark.parametrize("name", [name for name in LAYERS if name != "activation"])
 every_mode = pytest.mark.parametrize("mode", MODES)
+# XLA compiles for long. All layers go through it in `test_values`, and these, one for each kind of statistics and of
+# proxy moments, everywhere else.
+IN_XLA = ("group", "instance", "group_silu", "layer_quantiles")
+
+
+def every_mode_of(names, modes=MODES):
+    return pytest.mark.parametrize(
+        "name, mode",
+        [
+            pytest.param(name, mode, marks=pytest.mark.slow if mode == "xla" and name not in IN_XLA else ())
+            for name in names
+            for mode in modes
+        ],
+    )
+
+
+every_layer_and_mode = every_mode_of(LAYERS)
+every_normalization_and_mode = every_mode_of([name for name in LAYERS if name != "activation"])
 
 
 # Instance normalization of inputs without positions is 0, and warned about: see test_group_norm_proxy.
 @pytest.mark.filterwarnings("ignore:.*each value is its own mean")
 @every_layer
-@every_mode
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 4, 5, 8), (2, 3, 2, 4, 8)])
+@pytest.mark.parametrize(
+    "shape, mode",
+    [
+        pytest.param(shape, mode, marks=pytest.mark.slow if mode != "eager" and len(shape) != 4 else ())
+        for shape in [(3, 8), (2, 5, 8), (2, 4, 5, 8), (2, 3, 2, 4, 8)]
+        for mode in MODES
+    ],
+)
 def test_values(name, mode, shape):
     layer, x = built(LAYERS[name], shape), normal(*shape)
     np.testing.assert_allclose(numpy(compiled(layer, mode)(*tensors(x))), reference(layer, x), rtol=1e-5, atol=3e-6)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layer_class, arguments",
     [
@@ -55,8 +79,7 @@ def test_keras_layer_conformance(policy, layer_class, arguments):
     )
 
 
-@every_layer
-@every_mode
+@every_layer_and_mode
 def test_samples_do_not_see_each_other(name, mode):
     layer, x = built(LAYERS[name], (None, 6, 5, 8)), normal(64, 6, 5, 8) * np.linspace(0.1, 9, 64)[:, None, None, None]
     run = compiled(layer, mode)
@@ -82,8 +105,7 @@ def test_training_and_inference_are_the_same(name):
     np.testing.assert_array_equal(before, numpy(model(x, training=False)))
 
 
-@every_normalization
-@every_mode
+@every_normalization_and_mode
 @pytest.mark.parametrize(
     "policy, dtype, largest",
     [
@@ -119,10 +141,22 @@ def test_float64(name):
     np.testing.assert_allclose(y, reference(layer, x), atol=1e-7)
 
 
-@pytest.mark.parametrize("name, size", [*((name, 14) for name in LAYERS if name != "activation"), ("group", 224)])
-@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
+every_scale = pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
+
+
+@every_normalization_and_mode
+@every_scale
+def test_large_offsets(name, scale, mode):
+    _check_large_offsets(name, 14, scale, mode)
+
+
 @every_mode
-def test_large_offsets(name, size, scale, mode):
+@every_scale
+def test_large_offsets_in_large_images(scale, mode):
+    _check_large_offsets("group", 224, scale, mode)
+
+
+def _check_large_offsets(name, size, scale, mode):
     """At 1e4 float32 is known to 5e-4. What the input says, values and all gradients, comes out in full precision."""
     x = (scale * normal(1, size, size, 8) + 1e4).astype("float32")
     (weights,) = tensors(1 + normal(1, size, size, 8, seed=1))
@@ -190,8 +224,7 @@ def test_forward_mode(name):
         np.testing.assert_allclose(numpy(found), numpy(numeric), atol=1e-7)
 
 
-@every_layer
-@every_mode
+@every_mode_of(LAYERS, [mode for mode in MODES if mode != "eager"])
 def test_compiled_gradients_are_eager_gradients(name, mode):
     layer, x = built(LAYERS[name], (2, 4, 4, 8)), normal(2, 4, 4, 8)
 
@@ -217,13 +250,13 @@ def test_gamma_of_zero(name):
     np.testing.assert_allclose(numpy(layer(x)), reference(layer, x), atol=1e-5)
 
 
-@every_normalization
-@every_mode
+@every_normalization_and_mode
 def test_masked_steps_do_not_enter(name, mode):
     layer, x = built(LAYERS[name], (2, 6, 8)), normal(2, 6, 8)
     mask = np.array([[True, True, False, True, True, False], [False] * 6])
     other = np.where(mask[..., None], x, 100 * normal(2, 6, 8, seed=1)).astype("float32")
-    y, other_y = (numpy(compiled(lambda x: layer(x, mask=tensors(mask)[0]), mode)(*tensors(v))) for v in (x, other))
+    run = compiled(lambda x: layer(x, mask=tensors(mask)[0]), mode)
+    y, other_y = (numpy(run(*tensors(v))) for v in (x, other))
     np.testing.assert_allclose(y[mask], other_y[mask], atol=1e-6)
     np.testing.assert_allclose(y[:1][:, mask[0]], reference(layer, x[:1][:, mask[0]]), atol=1e-5)
     assert np.all(np.isfinite(y)) and np.all(np.isfinite(other_y))
@@ -256,8 +289,7 @@ def test_masked_values_do_not_reach_outputs_and_gradients(name, garbage):
         assert np.all(np.isfinite(numpy(gradient)))
 
 
-@every_layer
-@every_mode
+@every_layer_and_mode
 def test_empty_batch(name, mode):
     layer, x = built(LAYERS[name], (None, 4, 4, 8)), np.zeros((0, 4, 4, 8), "float32")
     assert compiled(layer, mode)(*tensors(x)).shape == (0, 4, 4, 8)
