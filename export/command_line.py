@@ -1,4 +1,4 @@
-"""The command line: from a .keras file to artefacts that were run and compared, and a table of what came of it."""
+"""The command line: exports a .keras file, compares the artefacts with the model, and prints a table."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ name only if it passes. The exit status is 0 if all went well, 1 after a failure
 
 @dataclass
 class _Exported:
-    """An artefact, and what is known about it."""
+    """An artefact with the results of its comparison and its latencies."""
 
     path: Path
     verification: Verification | None = None
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         exported = _run(options)
-    # Not a list of classes, because the code of a user's layers, and TensorFlow tracing it, can raise anything.
+    # Of any class: the code of a user's layers, and TensorFlow tracing it, can raise anything.
     except Exception as error:
         print(f"{_PROGRAM}: error: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
         return 1
@@ -85,7 +85,7 @@ def _parse(arguments):
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description="Exports a Keras model as a TensorFlow SavedModel and an ONNX file, which need neither Keras nor\n"
-        "keras_proxynorm to run, and says how far they are from the model and how fast they are.",
+        "keras_proxynorm to run, and reports their differences from the model and their latencies.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,7 +156,7 @@ def _run(options):
         targets["SavedModel"] = options.out / "saved_model"
     if options.format != "saved_model":
         targets["ONNX"] = options.out if options.out.suffix == ".onnx" else options.out / "model.onnx"
-    # Before any of the work, and of all of them, so that not one is there and the other missing.
+    # Checked before any of the work, and all of them, so that both are written or none.
     for path in (targets.get("ONNX"), options.version and options.out / "saved_model" / str(options.version)):
         if path and path.exists() and not options.overwrite:
             raise FileExistsError(f"{path} exists already; pass --overwrite to replace it")
@@ -181,7 +181,7 @@ def _say(step, steps, what):
 
 def _load(path, modules):
     if modules:
-        # A console script has its own folder there instead.
+        # The module path of a console script begins with the folder of the script instead.
         sys.path.insert(0, os.getcwd())
     for module in modules:
         importlib.import_module(module)
@@ -205,7 +205,7 @@ def _load(path, modules):
 
 def _export(model, kind, target, options):
     batch_size = None if options.batch_size == "dynamic" else options.batch_size
-    verifications = []
+    verifications: list[Verification] = []
 
     def check(*args, **kwargs):
         verifications.append(verify(*args, **kwargs, tolerance=options.tolerance))
@@ -221,7 +221,7 @@ def _export(model, kind, target, options):
         path = export_onnx(model, target, opset=options.opset, float16_weights=options.float16_weights, **arguments)
     else:
         path = export_saved_model(model, target, version=options.version, **arguments)
-    return _Exported(path, *verifications)
+    return _Exported(path, verifications[0] if verifications else None)
 
 
 def _latencies(exported, options):
@@ -239,7 +239,7 @@ def _latencies(exported, options):
     }
     latencies = {}
     for runtime in runtimes:
-        # The comparison has given a warning.
+        # The comparison has warned of it.
         with contextlib.suppress(CannotLoadError):
             _, latencies[runtime] = run_in_fresh_process(
                 path, runtime, [inputs], threads=options.threads, runs=options.runs

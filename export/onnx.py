@@ -43,6 +43,9 @@ def export_onnx(
     at the input. The metadata of the file say what made it and what was folded. The file appears under its name only
     when it is complete, ``onnx.checker`` has accepted it, and it has been compared with the model.
 
+    A model that was trained in mixed precision gives a file that computes in float32, compared with the model at the
+    precision of the model.
+
     ONNX Runtime computes the statistics of a group in float32: over a million elements they are off by 2e-4 of the
     standard deviation, and by all of it where the mean is 1e4 times as large. `verify` looks for that.
 
@@ -56,10 +59,10 @@ def export_onnx(
         model: A built Keras model, on the TensorFlow backend.
         path: The file to write. Its directory is made if it is missing.
         batch_size: Integer, the batch size that the file takes, or None for any. Defaults to 1.
-        input_shape: Tuple of integers, the sizes of the input without the batch; a list of tuples in the order of
-            ``model.inputs``, or a dict of tuples by name, for several inputs. Needed where the model leaves sizes
-            open, and for subclassed models, whose `call` it describes: a tuple for a tensor, a list for a list, a dict
-            for a dict.
+        input_shape: Tuple of integers, the sizes of the input without the batch, or None for a size that stays open; a
+            list of tuples in the order of ``model.inputs``, or a dict of tuples by name, for several inputs. Needed
+            where the model leaves sizes open, and for subclassed models, whose `call` it describes: a tuple for a
+            tensor, a list for a list, a dict for a dict.
         opset: Integer, the version of the ONNX operator set. Defaults to 17.
         dynamic_batch: If True, the file takes any batch size, as with ``batch_size=None``. Defaults to False.
         fold: If True, export the inference form of the model, see `fold`; a model that cannot be folded is exported as
@@ -79,7 +82,8 @@ def export_onnx(
         RuntimeError: If the Keras backend is not TensorFlow.
         ImportError: If tf2onnx or onnx is not installed, or nothing to verify with: ``pip install onnxruntime``.
         ValueError: If the model is not built, if its shapes are not known and not given, if it has an operation without
-            an ONNX form, or if an argument is not of the form above.
+            an ONNX form, if it draws random numbers or keeps state at inference, or if an argument is not of the form
+            above.
         VerificationError: If the file does not compute what the model computes.
         FileExistsError: If `path` exists and `overwrite` is False.
 

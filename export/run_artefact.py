@@ -1,4 +1,4 @@
-"""Runs an exported artefact in a process of its own, which has neither Keras nor this package: the proof that it can.
+"""Runs an exported artefact in a process that can import neither Keras nor this package.
 
     python -P run_artefact.py saved_model/1 tensorflow inputs.npz outputs.npz
     python -P run_artefact.py model.onnx onnxruntime inputs.npz outputs.npz --threads 2 --runs 50
@@ -14,6 +14,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +24,11 @@ __all__ = ["CANNOT_LOAD", "RUNTIMES", "main"]
 # Exit status.
 CANNOT_LOAD = 3
 
+# A function from named inputs to named outputs.
+Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
-def load_with_tensorflow(path, threads):
+
+def load_with_tensorflow(path: str, threads: int) -> Run:
     """A function from a dict of named arrays to a dict of named arrays, run by TensorFlow on the CPU."""
     import tensorflow as tf
 
@@ -48,7 +53,7 @@ def load_with_tensorflow(path, threads):
     return run
 
 
-def load_with_onnxruntime(path, threads):
+def load_with_onnxruntime(path: str, threads: int) -> Run:
     """The same, run by ONNX Runtime."""
     import onnxruntime
 
@@ -59,7 +64,7 @@ def load_with_onnxruntime(path, threads):
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def load_with_openvino(path, threads):
+def load_with_openvino(path: str, threads: int) -> Run:
     """The same, run by OpenVINO."""
     import openvino
 
@@ -76,7 +81,7 @@ def load_with_openvino(path, threads):
 RUNTIMES = {"tensorflow": load_with_tensorflow, "onnxruntime": load_with_onnxruntime, "openvino": load_with_openvino}
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line that the module's docstring shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artefact", help="the directory of a SavedModel's version, or an ONNX file")
@@ -89,31 +94,34 @@ def main(arguments=None):
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # From here on these cannot be imported.
-    sys.modules.update(dict.fromkeys(("keras", "keras_proxynorm", "tf_keras")))
+    for package in ("keras", "keras_proxynorm", "tf_keras"):
+        sys.modules[package] = None  # type: ignore[assignment]
     try:
         run = RUNTIMES[options.runtime](options.artefact, options.threads)
     except Exception:  # whatever a runtime raises
         traceback.print_exc()
         sys.exit(CANNOT_LOAD)
-    calls = collections.defaultdict(dict)
+    calls: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     with np.load(options.inputs) as file:
         for key, array in file.items():
             number, name = key.split("/", 1)
             calls[number][name] = array
-    results = {f"{number}/{name}": array for number, inputs in calls.items() for name, array in run(inputs).items()}
+    results: dict[str, Any] = {
+        f"{number}/{name}": array for number, inputs in calls.items() for name, array in run(inputs).items()
+    }
     if options.runs:
         results["seconds"] = median_seconds(run, next(iter(calls.values())), options.runs)
     np.savez(options.outputs, **results)
 
 
-def median_seconds(run, inputs, runs):
-    """The median time of a call, once the first calls have compiled and allocated what they need."""
+def median_seconds(run: Run, inputs: dict[str, np.ndarray], runs: int) -> float:
+    """The median time of a call in seconds, after calls in which the runtime compiles and allocates."""
     seconds = []
     for _ in range(runs + min(runs, 10)):
         start = time.perf_counter()
         run(inputs)
         seconds.append(time.perf_counter() - start)
-    return np.median(seconds[-runs:])
+    return float(np.median(seconds[-runs:]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from keras_proxynorm.folding.folded_normalization import set_form
 
 __all__ = ["export_saved_model"]
 
-# Bytes. A graph may have 2 GB, constants and all.
+# Bytes. A graph may have 2 GB, constants included.
 _LARGEST_GRAPH = 1.5e9
 
 
@@ -42,28 +42,29 @@ def export_saved_model(
 ) -> Path:
     """Writes a model as a TensorFlow SavedModel, ``directory/<version>/``, for TensorFlow Serving or TensorFlow alone.
 
-    The SavedModel has the forward pass only, as the signature ``serving_default``. Its inputs have the names of the
-    model's inputs, its outputs the keys of the model's output or the names of the layers that they come from. It loads
-    with ``tf.saved_model.load``, without Keras and without this package. It appears under its name only when it is
-    complete and has been compared with the model.
+    The SavedModel contains the forward pass only, as the signature ``serving_default``. Its inputs have the names of
+    the model's inputs. Its outputs have the keys of the model's output, or the names of the layers that they come from.
+    It loads with ``tf.saved_model.load``, without Keras and without this package. It appears under its name only when
+    it is complete and has been compared with the model. It computes in the dtypes of the model: one that was trained in
+    mixed precision is served in mixed precision.
 
     Args:
         model: A built Keras model, on the TensorFlow backend.
         directory: The model's directory. It is made if it is missing.
         batch_size: Integer, the batch size that the SavedModel takes, or None for any. Defaults to 1.
-        input_shape: Tuple of integers, the sizes of the input without the batch; a list of tuples in the order of
-            ``model.inputs``, or a dict of tuples by name, for several inputs. Needed where the model leaves sizes
-            open, and for subclassed models, whose `call` it describes: a tuple for a tensor, a list for a list, a dict
-            for a dict.
+        input_shape: Tuple of integers, the sizes of the input without the batch, or None for a size that stays open; a
+            list of tuples in the order of ``model.inputs``, or a dict of tuples by name, for several inputs. Needed
+            where the model leaves sizes open, and for subclassed models, whose `call` it describes: a tuple for a
+            tensor, a list for a list, a dict for a dict.
         version: Positive integer, the name of the directory to write. Defaults to the one after the highest that is
             there, beginning with 1.
-        fold: If True, export the inference form of the model, see `fold`, with its weights as constants, which lets
-            TensorFlow optimize the graph; a model that cannot be folded is exported as it is, with a warning. If False,
-            export the model as it is, with variables. Defaults to True.
+        fold: If True, export the inference form of the model, see `fold`, with its weights as constants, so that
+            TensorFlow can optimize the graph; a model that cannot be folded is exported as it is, with a warning. If
+            False, export the model as it is, with variables. Defaults to True.
         verify: If True, run the SavedModel in a fresh process and compare it with the model, see `verify`. Or a
             function to call in its place, with the same arguments. Defaults to True.
-        warmup: If True, add a request that TensorFlow Serving runs when it loads the SavedModel, so that the first one
-            of a user is not slow. Defaults to True.
+        warmup: If True, add a request that TensorFlow Serving runs while it loads the SavedModel, so that the first
+            request of a user is not slow. Defaults to True.
         xla_signature: If True, add a second signature ``serving_xla`` that XLA compiles when it is first called. For
             accelerators; on a CPU XLA is slower. It has its own copy of the constants. Defaults to False.
         overwrite: If True, replace `version` if it exists. Defaults to False.
@@ -73,8 +74,8 @@ def export_saved_model(
 
     Raises:
         RuntimeError: If the Keras backend is not TensorFlow.
-        ValueError: If the model is not built, if its shapes are not known and not given, or if an argument is not of
-            the form above.
+        ValueError: If the model is not built, if its shapes are not known and not given, if it draws random numbers or
+            keeps state at inference, or if an argument is not of the form above.
         VerificationError: If the SavedModel does not compute what the model computes.
         FileExistsError: If `version` exists and `overwrite` is False.
 
@@ -141,7 +142,7 @@ def _traced(serve: Callable, signature: Sequence[Any], served: keras.Model, *, w
 
     functions = {"serve": traced()}
     if with_xla:
-        # No other form is in the user's own model.
+        # The user's own model has no other form.
         set_form(served, "keras")
         functions["serving_xla"] = traced(jit_compile=True)
     return functions
@@ -160,7 +161,7 @@ def _write(functions: Mapping[str, Any], served: keras.Model, path: Path, *, as_
 
 
 def _can_be_constants(model: keras.Model, functions: Iterable[Any]) -> bool:
-    """Whether all that the functions read is in variables, and little enough for a graph."""
+    """Whether the functions read nothing but variables, and these fit into a graph."""
     variables = {id(variable.value.handle) for variable in model.variables}
     resources = {
         id(tensor)
@@ -173,7 +174,7 @@ def _can_be_constants(model: keras.Model, functions: Iterable[Any]) -> bool:
 
 
 def _frozen(function, jit_compile):
-    """A function with the same signature, with the values of its variables as constants."""
+    """A function of the same signature, with constants in place of its variables."""
     import tensorflow as tf
 
     concrete = function.get_concrete_function()
@@ -192,7 +193,7 @@ def _save_constants(functions, path):
     module = tf.Module()
     for name, function in functions.items():
         setattr(module, name, function)
-    # Gradients by hand, such as that of silu, cannot be saved without variables.
+    # Custom gradients, such as that of silu, cannot be saved without variables.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     signatures = {"serving_default": functions["serve"], **functions}
     tf.saved_model.save(module, str(path), signatures=signatures, options=options)

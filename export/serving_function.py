@@ -1,9 +1,10 @@
-"""A model as a function of named tensors with a fixed signature: what every export writes down."""
+"""A model as a function of named tensors with a fixed signature, which every export traces."""
 
 import inspect
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 
@@ -16,9 +17,9 @@ __all__ = ["serving_function"]
 def serving_function(
     model: keras.Model,
     batch_size: int | None,
-    input_shape,
+    input_shape: Sequence | Mapping | None,
     served: keras.Model | None = None,
-) -> tuple[Callable, list]:
+) -> tuple[Callable[..., dict[str, Any]], list[Any]]:
     """The inference function of a model, and the signature to trace it with.
 
     Args:
@@ -58,7 +59,7 @@ def serving_function(
             )
 
     def serve(*tensors):
-        # What is traced here may run on another device.
+        # The traced function may run on another device.
         with reduction("sum"):
             outputs = (served or model)(keras.tree.pack_sequence_as(structure, tensors), training=False)
         return _name_outputs(model, outputs)
@@ -67,7 +68,7 @@ def serving_function(
 
 
 def _known_inputs(model, batch_size, input_shape):
-    """The structure that the model is called with and its inputs as a list, for a model that was made from inputs."""
+    """The structure that a functional or sequential model is called with, and its inputs as a list."""
     names = [tensor.name for tensor in model.inputs]
     inputs = []
     for tensor, given in zip(model.inputs, _align(input_shape, names), strict=True):
@@ -86,7 +87,7 @@ def _known_inputs(model, batch_size, input_shape):
                 f"Argument `input_shape` must agree with the shape {own} of the input '{tensor.name}', without the "
                 f"batch. Received: input_shape={input_shape!r}"
             )
-        # A Sequential that was built by a call has the batch size of that call there, which binds nobody.
+        # A Sequential that was built by a call records the batch size of that call, which is no restriction.
         if not isinstance(model, keras.Sequential) and tensor.shape[0] not in (None, batch_size):
             raise ValueError(
                 f"Argument `batch_size` must be {tensor.shape[0]}, which the input '{tensor.name}' was made with. "
@@ -97,7 +98,7 @@ def _known_inputs(model, batch_size, input_shape):
 
 
 def _declared_inputs(model, input_shape):
-    """The same for a model that knows nothing about its inputs: a subclass of keras.Model."""
+    """The same for a subclassed model, which has no record of its inputs."""
     first, *others = inspect.signature(model.call).parameters.values()
     if any(other.default is other.empty and other.kind == other.POSITIONAL_OR_KEYWORD for other in others):
         raise ValueError(
@@ -118,7 +119,7 @@ def _declared_inputs(model, input_shape):
 
     if isinstance(input_shape, dict):
         shapes = _align(input_shape, list(input_shape))
-        structure = {name: tensor(name, shape) for name, shape in zip(input_shape, shapes, strict=True)}
+        structure: Any = {name: tensor(name, shape) for name, shape in zip(input_shape, shapes, strict=True)}
     elif isinstance(input_shape, (list, tuple)) and not _is_shape(input_shape):
         names = [f"{first.name}_{i}" for i in range(len(input_shape))]
         structure = [tensor(name, shape) for name, shape in zip(names, _align(input_shape, names), strict=True)]
@@ -149,11 +150,11 @@ def _is_shape(value):
 
 
 def _is_size(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _name_outputs(model, outputs):
-    """The outputs as a flat dict, by their keys or else by the layers that they come from."""
+    """The outputs as a flat dict, named after their keys, or else after the layers that they come from."""
     tensors = keras.tree.flatten(outputs)
     if isinstance(outputs, dict):
         names = ["_".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(outputs)]
@@ -161,9 +162,9 @@ def _name_outputs(model, outputs):
         names = [model.layers[-1].name] * len(tensors)
     else:
         names = getattr(model, "output_names", ["output"] * len(tensors))
-    named = {}
+    named: dict[str, Any] = {}
     for name, tensor in zip(names, tensors, strict=True):
-        # One layer can make several of the outputs.
+        # One layer may have several of the outputs.
         repeats = sum(other == name for other in names[: len(named)])
         named[f"{name}_{repeats}" if repeats else name] = tensor
     return named

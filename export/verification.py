@@ -1,4 +1,4 @@
-"""Whether an artefact computes what its model computes, found out by running it in a process of its own."""
+"""Runs an artefact in a process of its own and compares it with its model."""
 
 import contextlib
 import importlib.util
@@ -36,7 +36,7 @@ __all__ = [
     "verify_served",
 ]
 
-# For each set of inputs: how floats are drawn, and the limit under which integers are, which may be the ids of tokens.
+# For each set of inputs: how to draw floats, and the upper limit of integers, which may be the ids of tokens.
 _INPUTS = {
     "normal": (lambda rng, shape: rng.standard_normal(shape), 2),
     "pixel": (lambda rng, shape: rng.uniform(0, 255, shape), 256),
@@ -45,8 +45,8 @@ _INPUTS = {
     "offset": (lambda rng, shape: 1e4 + rng.standard_normal(shape), 10),
     "tiny": (lambda rng, shape: 1e-6 * rng.standard_normal(shape), 2),
 }
-# Measured on right artefacts: they differ from the model by up to twice as much as a unit of rounding makes. That is
-# under 1e-4 for MobileNetV2 and ResNet50V2, folded too, and 3e-3 where a normalization reads inputs of 1e4.
+# Measured on correct artefacts: they differ from the model by up to twice the effect of a unit of rounding, which is
+# less than 1e-4 for MobileNetV2 and ResNet50V2, folded or not, and 3e-3 where a normalization reads inputs of 1e4.
 _ROUNDING_FACTOR = 15
 _ROUNDING_DRAWS = 3
 _SIZES_TO_COMPARE = 2
@@ -82,17 +82,17 @@ class CannotLoadError(VerificationError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output of an artefact beside that of the model, for one set of inputs.
+    """One output of an artefact compared with that of the model, for one set of inputs.
 
     Attributes:
-        runtime: What ran the artefact.
+        runtime: Name of the runtime that ran the artefact.
         output: Name of the output.
         inputs: Name of the set of inputs.
         batch_size: Integer.
         scale: The largest absolute value of the model's output.
         difference: The largest absolute difference, over elements that are finite in the model's output. Infinite if
             one is NaN in the artefact's.
-        allowed: What `difference` may be.
+        allowed: The largest `difference` that passes.
         sizes: The sizes of the inputs along the axes that follow the batch, if the artefact leaves some open; or None.
     """
 
@@ -127,7 +127,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; as a string, a line for each runtime with its largest difference.
+    """The result of `verify`; as a string, a line for each runtime with its largest difference.
 
     Attributes:
         comparisons: Tuple of `Comparison`, one for each runtime, set of inputs and output.
@@ -165,20 +165,19 @@ def verify(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Verification:
-    """Runs an artefact in a fresh process, without Keras and this package, and compares it with the model it is from.
+    """Runs an artefact in a fresh process, without Keras and this package, and compares it with its model.
 
-    The inputs are ordinary ones and extreme ones: standard normal, uniform from 0 to 255 as in images, all zero, all
-    100, with a mean of 1e4, and of size 1e-6; integer inputs get 0, 1 and small numbers. Sets that the model itself
-    refuses, such as fractions for the ids of an embedding, are left out. An artefact that takes any batch size is run
-    with 1 and 3, and one that leaves other sizes open with the first two that the model takes of those that are tried,
-    64x64 and 96x64 for most models.
+    Several sets of inputs are tried: standard normal, uniform from 0 to 255 as in images, all zero, all 100, with a
+    mean of 1e4, and of size 1e-6. Integer inputs are 0, 1 and other small numbers. Sets that the model itself refuses,
+    such as fractions for the ids of an embedding, are left out. An artefact that takes any batch size is run with 1 and
+    3. One that leaves other sizes open is run at two sizes that the model takes, 64x64 and 96x64 for most models.
 
     The difference of an output is the largest over its elements, divided by the largest absolute value of the model's
-    output. A right artefact adds up in another order, so it differs from the model by rounding, and how much that is
+    output. A correct artefact sums in another order, so it differs from the model by rounding, by an amount that
     depends on the model and the input. The function therefore measures, for each set of inputs, how far the model's
     own output moves when all weights and inputs move at random by a unit in the last place (of float32, or of the half
     precision that the model computes in), and allows fifteen times that where it is more than `tolerance`. The model is
-    evaluated on the CPU. What the model computes in half precision, an artefact may give in float32.
+    evaluated on the CPU. Where the model computes in half precision, an artefact may be float32.
 
     If one of several runtimes cannot load the artefact, as OpenVINO cannot load some recurrent layers, the others
     decide, and a warning names that one. It is an error if `runtimes` names it.
@@ -186,7 +185,7 @@ def verify(
     Args:
         model: The Keras model, on the TensorFlow backend.
         path: The directory of a SavedModel's version, or an ONNX file.
-        runtimes: List of what is to run the artefact: ``"tensorflow"`` for a SavedModel, ``"onnxruntime"`` and
+        runtimes: List of the runtimes that run the artefact: ``"tensorflow"`` for a SavedModel, ``"onnxruntime"`` and
             ``"openvino"`` for ONNX. Defaults to those that are installed. All compute in float32 on the CPU.
         input_shape: As for the export; needed for subclassed models only.
         tolerance: Positive float, the relative difference that is always allowed. Defaults to 1e-4.
@@ -230,7 +229,7 @@ def verify_served(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Verification:
-    """As `verify`, with what another model computes under the names of `model`."""
+    """As `verify`, compared with `served`, a model that computes under the names of `model`."""
     artefact = local_path("path", path)
     tolerance = as_positive("tolerance", tolerance)
     inputs = artefact_inputs(artefact)
@@ -256,8 +255,8 @@ def verify_served(
             f"outputs that were compared. Received:\n{Verification(tuple(failed))}"
         )
     verification = Verification(tuple(comparisons))
-    for error in unloaded:
-        warnings.warn(f"{', '.join(verification.worst)} computes what the model does, but {error}", stacklevel=3)
+    for failure in unloaded:
+        warnings.warn(f"{', '.join(verification.worst)} computes what the model does, but {failure}", stacklevel=3)
     return verification
 
 
@@ -320,7 +319,7 @@ def fitting_runtimes(path: Path, runtimes: Sequence[str] | None = None) -> list[
     """The runtimes that are installed and can run an artefact, or `runtimes`, checked.
 
     Raises:
-        ValueError: If one of `runtimes` is none for an artefact of this kind.
+        ValueError: If one of `runtimes` cannot run an artefact of this kind.
         ImportError: If one of `runtimes`, or all that could run it, are not installed.
     """
     fitting = ["tensorflow"] if path.is_dir() else ["onnxruntime", "openvino"]
@@ -348,7 +347,7 @@ def run_in_fresh_process(
 
     Args:
         path: The artefact.
-        runtime: What runs it.
+        runtime: The runtime that runs it.
         calls: The inputs of each call, by name.
         threads: Integer, the threads that the runtime may use.
         runs: Integer, calls to measure the time of, with the inputs of the first call.
@@ -364,7 +363,7 @@ def run_in_fresh_process(
         inputs_path, outputs_path = Path(directory, "inputs.npz"), Path(directory, "outputs.npz")
         arrays: dict[str, Any] = {f"{i}/{name}": x for i, inputs in enumerate(calls) for name, x in inputs.items()}
         np.savez(inputs_path, **arrays)
-        # -P keeps this folder, which has an onnx.py, off the module path. -I would, too, but takes away packages that
+        # -P keeps this folder, which has an onnx.py, off the module path. -I would, too, but also hides packages that
         # were installed for the user alone.
         command = [sys.executable, "-P", Path(__file__).with_name("run_artefact.py"), path.absolute(), runtime]
         command += [inputs_path, outputs_path, f"--threads={threads}", f"--runs={runs}"]
@@ -412,7 +411,7 @@ def _possible_reason(path):
 
 @dataclass(frozen=True)
 class _Call:
-    """Inputs, the model's outputs for them, and how far a unit of rounding moves these."""
+    """Inputs, the model's outputs, and the effect of a unit of rounding on each output."""
 
     name: str
     batch_size: int
@@ -423,7 +422,7 @@ class _Call:
 
 
 def _reference_calls(model, served, inputs, input_shape, rng):
-    """What the artefact is to be called with, and what should come of it."""
+    """The calls to make of an artefact, with the outputs to expect."""
     import tensorflow as tf
 
     batch_size = next((shape[0] for shape, _ in inputs.values() if shape), None)
@@ -463,7 +462,7 @@ def _reference_calls(model, served, inputs, input_shape, rng):
         for _ in range(_ROUNDING_DRAWS):
             moved_weights = [tf.constant(_move(keras.ops.convert_to_numpy(x), unit, rng)) for x in weights]
             for call in calls:
-                # What an embedding does not take if it is moved is left at no rounding.
+                # An embedding refuses inputs that are moved: then no rounding is measured.
                 with contextlib.suppress(tf.errors.InvalidArgumentError):
                     moved = evaluate(moved_weights, {name: _move(x, unit, rng) for name, x in call.inputs.items()})
                     for name, output in moved.items():
@@ -492,7 +491,7 @@ def _evaluation(model, serve, signature):
     variables = [variable for variable in model.variables if "float" in variable.dtype]
 
     def function(values, inputs):
-        # The weights that are tried out stay out of the user's model.
+        # The user's model keeps its weights.
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
             return serve(*inputs)
 
@@ -530,7 +529,7 @@ def _draw(name, spec, shape, rng):
 
 
 def _move(array, unit, rng):
-    """An array of floats with each element a unit of rounding away, at random up or down; another array as it is."""
+    """Moves each element of an array of floats by a unit of rounding, up or down at random; others stay as they are."""
     if array.dtype.kind in "iub":
         return array
     up, down = array.dtype.type(1 + unit), array.dtype.type(1 - unit)
@@ -538,14 +537,14 @@ def _move(array, unit, rng):
 
 
 def _largest_difference(received, expected):
-    """The largest absolute difference, over elements that are finite in `expected`; infinite if one is NaN there."""
+    """The largest absolute difference over the elements that are finite in `expected`; infinite for a NaN there."""
     finite = np.isfinite(expected)
     difference = np.abs(received[finite].astype("float64") - expected[finite].astype("float64"))
     return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0))
 
 
 def _compare(runtime, call, received, tolerance):
-    """A comparison for each output; all that is no number must be the same."""
+    """A comparison for each output; names, shapes and dtypes must be equal."""
     if set(received) != set(call.outputs):
         raise VerificationError(
             f"The artefact must have the outputs of `model`, {sorted(call.outputs)}. "

@@ -1,4 +1,4 @@
-"""Warm-up requests for TensorFlow Serving: what it runs while it loads a SavedModel, so that no user waits for it."""
+"""Warm-up requests, which TensorFlow Serving runs while it loads a SavedModel."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from keras_proxynorm.export.atomic import local_path, replacing
 
 __all__ = ["write_warm_up_requests"]
 
-# Of TensorFlow Serving, which does not load a model that has more.
+# TensorFlow Serving does not load a model that has more.
 _MOST_REQUESTS = 1000
 
 
@@ -21,12 +21,12 @@ def write_warm_up_requests(
     signature_name: str = "serving_default",
     overwrite: bool = False,
 ) -> Path:
-    """Adds requests to a SavedModel that TensorFlow Serving runs when it loads it, before it answers any other.
+    """Adds requests to a SavedModel that TensorFlow Serving runs while loading it, before it answers any other.
 
     The first runs of a model are slow, because TensorFlow then optimizes its graph and allocates memory. The requests
-    go to ``assets.extra/tf_serving_warmup_requests`` in the SavedModel's directory. TensorFlow Serving refuses a model
-    of which one such request fails, so they are compared with the signature here. Their values do not matter, their
-    shapes do: one request for each shape that is to be fast is enough. :func:`export_saved_model` writes one by itself.
+    are written to ``assets.extra/tf_serving_warmup_requests`` in the SavedModel's directory. TensorFlow Serving refuses
+    a model if one such request fails, so they are compared with the signature here. Their values do not matter: one
+    request for each shape that must be fast is enough. :func:`export_saved_model` writes one by itself.
 
     A server reads the file when it loads the version, and not again. Where a server already watches the directory of
     the model, export to another directory, write the requests, and then move the version into its place.
@@ -78,7 +78,7 @@ def write_warm_up_requests(
             f"Argument `requests` must be a list of 1 to {_MOST_REQUESTS} dicts. Received: "
             + (f"{len(requests)} requests" if isinstance(requests, Sequence) else f"requests={requests!r}")
         )
-    # No name of the model: the server knows it, and takes one that is given for a label of its latency metrics.
+    # Without a name of the model: the server knows it, and would use another one as a label of its metrics.
     spec = model_pb2.ModelSpec(signature_name=signature_name)
     records = []
     for index, arrays in enumerate(requests):
@@ -105,7 +105,7 @@ def _signature_inputs(version, signature_name):
             f"Received: version_directory={str(version)!r}"
         )
     (graph,) = saved_model_pb2.SavedModel.FromString(file.read_bytes()).meta_graphs
-    # Without TensorFlow's own, which says how to initialize the model.
+    # Without the one by which TensorFlow initializes the model.
     names = sorted(set(graph.signature_def) - {"__saved_model_init_op"})
     if signature_name not in names:
         raise ValueError(
@@ -118,7 +118,7 @@ def _signature_inputs(version, signature_name):
 
 
 def _tensors(index, request, inputs):
-    """A request as protos by name, after a check that the signature takes it."""
+    """A request as protos by name, checked against the signature."""
     import tensorflow as tf
 
     if not isinstance(request, Mapping) or set(request) != set(inputs):
