@@ -185,8 +185,18 @@ def test_offsets_of_channels(form, groups):
 
 
 @every_form
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("half", ["top", "bottom", "left", "right", "middle"])
+@pytest.mark.parametrize(
+    "groups, half",
+    [
+        *((4, half) for half in ("top", "bottom", "left", "right", "middle")),
+        *((groups, "top") for groups in (1, 8)),
+        *(
+            pytest.param(groups, half, marks=pytest.mark.slow)
+            for groups in (1, 8)
+            for half in ("bottom", "left", "right", "middle")
+        ),
+    ],
+)
 def test_images_that_are_half_constant(form, groups, half):
     x = 1e4 + normal(1, 16, 16, 8)
     part = {
