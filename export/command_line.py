@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from keras_proxynorm.export.onnx import export_onnx
-from keras_proxynorm.export.open_sizes import with_fixed_sizes
+from keras_proxynorm.export.open_sizes import sizes_to_try, with_fixed_sizes
 from keras_proxynorm.export.saved_model import export_saved_model
 from keras_proxynorm.export.verification import (
     CannotLoadError,
@@ -53,12 +53,7 @@ class _Exported:
     path: Path
     verification: Verification | None = None
     latencies: dict[str, float | None] = field(default_factory=dict)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes that the artefact takes along axes that it leaves open."""
-        compared = self.verification.comparisons[0].sizes if self.verification else None
-        return compared or (64, 64, 64)
+    sizes: tuple[int, ...] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,16 +221,20 @@ def _export(model, kind, target, options):
 
 def _latencies(exported, options):
     """Median seconds of a call, for each runtime that is installed and can load the artefact."""
-    path = exported.path
+    path, verification = exported.path, exported.verification
     try:
         runtimes = fitting_runtimes(path)
     except ImportError:
         return {}
     # 0 and 1 are valid for images and for the ids of tokens.
     rng = np.random.default_rng(0)
+    shapes = {name: shape for name, (shape, _) in artefact_inputs(path).items()}
+    # Those of the comparison, because the model may refuse others.
+    compared = verification.comparisons[0].sizes if verification else None
+    exported.sizes = compared or next(sizes_to_try(shapes.values()))
     inputs = {
-        name: rng.integers(0, 2, with_fixed_sizes(shape, 1, exported.sizes)).astype(dtype)
-        for name, (shape, dtype) in artefact_inputs(path).items()
+        name: rng.integers(0, 2, with_fixed_sizes(shapes[name], 1, exported.sizes)).astype(dtype)
+        for name, (_, dtype) in artefact_inputs(path).items()
     }
     latencies = {}
     for runtime in runtimes:
@@ -265,7 +264,11 @@ def _table(exported, options):
     if options.runs:
         size = 1 if options.batch_size == "dynamic" else options.batch_size
         threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
-        lines.append(f"latency: median of {options.runs} calls, batch size {size}, {threads}, in a process of its own")
+        taken = {artefact.sizes for artefact in exported if artefact.sizes}
+        sizes = "".join(f", open sizes {'x'.join(map(str, sizes))}" for sizes in taken)
+        lines.append(
+            f"latency: median of {options.runs} calls, batch size {size}{sizes}, {threads}, in a process of its own"
+        )
     return "\n".join(lines).rstrip()
 
 

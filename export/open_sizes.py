@@ -1,6 +1,6 @@
 """Exports that leave sizes other than the batch open: a layer that Keras cannot trace then, and sizes to try."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,13 +16,13 @@ _SIZES = ((64, 64, 64), (96, 64, 64), (96, 96, 96), (128, 96, 64), (224, 224, 64
 
 
 def has_open_sizes(signature: Sequence[Any]) -> bool:
-    """Whether a signature leaves sizes open besides the batch."""
+    """Whether a list of `tf.TensorSpec` leaves sizes open besides the batch."""
     return any(None in spec.shape[1:] for spec in signature)
 
 
-def sizes_to_try(signature: Sequence[Any]) -> Iterator[tuple[int, ...]]:
-    """Sizes for the axes that follow the batch, most likely ones first; one empty tuple if no size is open."""
-    open_axes = [axis for spec in signature for axis, size in enumerate(spec.shape[1:]) if size is None]
+def sizes_to_try(shapes: Iterable[Sequence[int | None]]) -> Iterator[tuple[int, ...]]:
+    """Sizes for the axes that follow the batch, most likely ones first; one empty tuple if `shapes` leave none open."""
+    open_axes = [axis for shape in shapes for axis, size in enumerate(shape[1:]) if size is None]
     count = max(open_axes, default=-1) + 1
     sizes = ((*sizes, *[sizes[-1]] * count)[:count] for sizes in _SIZES)
     yield from dict.fromkeys(sizes)

@@ -203,7 +203,7 @@ def _warm_up(function, signature: Sequence[Any], path: Path) -> None:
     """Adds a request with the smallest sizes that the function takes."""
     import tensorflow as tf
 
-    for sizes in sizes_to_try(signature):
+    for sizes in sizes_to_try(spec.shape for spec in signature):
         request = {spec.name: _zeros(spec, sizes) for spec in signature}
         if sizes:
             try:

@@ -443,7 +443,7 @@ def _reference_calls(model, served, inputs, input_shape, rng):
     with tf.device("/CPU:0"):
         evaluate, weights, unit, smallest = _evaluation(served, serve, signature)
         calls: list[_Call] = []
-        for sizes in sizes_to_try(signature):
+        for sizes in sizes_to_try(spec.shape for spec in signature):
             taken = {call.sizes for call in calls}
             if len(taken) == _SIZES_TO_COMPARE:
                 break

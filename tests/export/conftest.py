@@ -102,6 +102,17 @@ def repeated_output():
     )
 
 
+def called_by_keyword():
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.BatchNormalization()(inputs=layers.Conv2D(8, 3, padding="same", use_bias=False)(inputs=image))
+    x = kp.GroupNormProxy(4, activation="silu")(inputs=x)
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(inputs=x)
+    gate = layers.Conv2D(8, 1, activation="sigmoid")(inputs=gate)
+    y = layers.Conv2D(4, 1)(inputs=layers.Multiply()(inputs=[x, gate]))
+    logits = layers.Dense(5, name="logits")(inputs=layers.GlobalAveragePooling2D()(inputs=y))
+    return image_case(randomize(keras.Model(image, logits)))
+
+
 def open_sizes():
     return image_case(conv_net(size=None), input_shape=(8, 8, 3))
 
@@ -149,6 +160,7 @@ CASES = {
             lists,
             dicts,
             repeated_output,
+            called_by_keyword,
             open_sizes,
             open_sizes_of_two,
             subclassed,

@@ -11,7 +11,7 @@ import pytest
 from backends import tensorflow_only
 
 import keras_proxynorm as kp
-from keras_proxynorm.export import command_line
+from keras_proxynorm.export import command_line, verification
 from keras_proxynorm.export.verification import VerificationError, artefact_inputs
 
 pytestmark = tensorflow_only
@@ -76,6 +76,36 @@ def test_one_file(saved, run, files):
     status, results, _ = run(saved, "small.onnx", "--runs", "0", "--overwrite", "--no-verify")
     assert status == 0 and "difference: " not in results
     assert artefact_inputs(pathlib.Path("small.onnx")) == {"image": ((1, 8, 8, 3), "float32")}
+
+
+def test_open_sizes(run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    image = keras.Input((None, None, 3), name="image")
+    features = kp.LayerNormProxy(name="features")(keras.layers.Conv2D(8, 3)(image))
+    keras.Model(image, features).save(tmp_path / "model.keras")
+    status, results, messages = run("model.keras", "open", "--input-shape", "none,none,3", "--runs", "2")
+    assert status == 0, messages
+    for path in ("open/model.onnx", "open/saved_model/1"):
+        assert artefact_inputs(pathlib.Path(path)) == {"image": ((1, None, None, 3), "float32")}
+    assert "median of 2 calls, batch size 1, open sizes 64x64, 1 thread" in results
+
+
+def test_a_runtime_that_cannot_load_the_file(saved, run, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    real = verification.run_in_fresh_process
+
+    def run_or_fail(path, runtime, calls, **options):
+        if runtime == "openvino":
+            raise verification.CannotLoadError("openvino cannot load the artefact")
+        return real(path, runtime, calls, **options)
+
+    monkeypatch.setattr(verification, "run_in_fresh_process", run_or_fail)
+    monkeypatch.setattr(command_line, "run_in_fresh_process", run_or_fail)
+    with pytest.warns(UserWarning, match="openvino cannot load"):
+        status, results, messages = run(saved, "model.onnx", "--runs", "2")
+    assert status == 0, messages
+    assert "onnxruntime" in results and "openvino" not in results
 
 
 def test_existing_artefacts_are_found_before_the_work(saved, run, tmp_path):
