@@ -14,7 +14,7 @@ def make_model(layers=2, metrics=("mae",)):
     model = keras.Sequential(
         [keras.Input((8, 8, 2)), *inside, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(1)]
     )
-    model.compile(loss="mse", metrics=list(metrics), jit_compile=False)  # XLA takes long to compile
+    model.compile(loss="mse", metrics=list(metrics))
     return model
 
 
@@ -52,7 +52,7 @@ def test_models_inside_and_outside_see_the_new_weight():
     inner, (x, y) = make_model(layers=1), validation()
     inner.predict(x, verbose=0)
     outer = keras.Sequential([keras.Input((8, 8, 2)), inner])
-    outer.compile(loss="mse", jit_compile=False)
+    outer.compile(loss="mse")
     choose_inference_example_weight(outer, x, y, candidates=(0.7,), verbose=0)
     expected = numpy(inner(x))
     np.testing.assert_allclose(inner.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)

@@ -262,9 +262,7 @@ def make_model(name):
     x = BASELINES[name](name="norm")(inputs)
     x = keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, keras.layers.Dense(3)(x))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    # XLA takes long to compile, and the layers fit with it in `test_keras_layer_conformance`.
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
 

@@ -79,8 +79,7 @@ def test_models_train_and_survive_a_file(to, kind, tmp_path):
     assert ("relu1" in names) and ("norm1" in names) is not Target(to, {}).fuses
     linear = [layer.linear for layer in report.layers if layer.linear is not None]
     assert linear == (contained if to in CONTAINING else [])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(1e-3), loss, jit_compile=False)  # XLA takes long to compile
+    model.compile(keras.optimizers.SGD(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(images(), np.arange(8) % 3, batch_size=4, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

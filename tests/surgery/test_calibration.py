@@ -181,7 +181,7 @@ def test_saved_and_loaded(tmp_path):
 
 def test_trains():
     model = kp.replace_normalization(network("same"), calibrate=data(8))
-    model.compile("sgd", "mse", jit_compile=False)
+    model.compile("sgd", "mse")
     before = model.evaluate(data(8), np.zeros((8, 5)), verbose=0)
     model.fit(data(8), np.zeros((8, 5)), epochs=5, verbose=0)
     assert model.evaluate(data(8), np.zeros((8, 5)), verbose=0) < before

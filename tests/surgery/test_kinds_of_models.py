@@ -142,7 +142,7 @@ def test_the_result_is_a_model_like_any_other(make, tmp_path):
     clone = keras.models.clone_model(replaced)
     clone.set_weights(replaced.get_weights())
     assert_same_outputs(replaced, clone, x)
-    replaced.compile("adam", "mse", jit_compile=False)  # XLA takes long to compile
+    replaced.compile("adam", "mse")
     replaced.fit(x, np.zeros_like(outputs(replaced, x)[0]), verbose=0)
     replaced.save(tmp_path / "model.keras")
     assert_same_outputs(replaced, keras.saving.load_model(tmp_path / "model.keras"), x)
