@@ -3,6 +3,7 @@
 Each function has a test that says what broke if a new version moves the name.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ __all__ = [
     "copy_rematerialization",
     "excludes_from_weight_decay",
     "frozen_graph",
-    "functional_call",
+    "functional_class",
     "highest_opset",
     "is_compiled_by_xla",
     "lambda_output_shape",
@@ -124,10 +125,11 @@ def update_metrics(
     return model._update_metrics_variables(variables, loss, x, y, y_pred, sample_weight)
 
 
-def functional_call() -> Any:
-    """The `call` of functional models."""
+@functools.cache
+def functional_class() -> Any:
+    """The class of functional models."""
     inputs = keras.Input((1,))
-    return type(keras.Model(inputs, inputs)).call
+    return type(keras.Model(inputs, inputs))
 
 
 def own_mask(tensor: keras.KerasTensor) -> keras.KerasTensor | None:

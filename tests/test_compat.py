@@ -62,8 +62,8 @@ def test_call_of_functional_models():
         def call(self, inputs):
             return 2 * super().call(inputs)
 
-    assert type(Subclass()).call is compat.functional_call()
-    assert type(Overriding()).call is not compat.functional_call()
+    assert type(Subclass()).call is compat.functional_class().call
+    assert type(Overriding()).call is not compat.functional_class().call
 
 
 @without_it("surgery takes masks that follow a tensor for arguments of a call, or the other way round")

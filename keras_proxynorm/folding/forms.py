@@ -60,7 +60,7 @@ def _for_keras(x, constants, activation, groups, axis, epsilon, mask):
     if groups is None:
         y = _affine(x, scale, offset)
     else:
-        y = kernels.normalize(x, *kernels.group_moments(x, groups, axis, mask), scale, offset, epsilon)
+        y = kernels.group_normalize(x, groups, axis, epsilon, scale, offset, mask)
     return _affine(activation(y), output_scale, output_offset)
 
 

@@ -108,7 +108,7 @@ class Folding:
         if self.linear is not None:
             return "into the preceding layer"
         if self.vanishes:
-            return "into the following layers"
+            return "dropped, since it changes nothing" if self.moved == NOTHING else "into the following layers"
         return "to constants" if self.moved == NOTHING else f"to constants, {self.moved} into the following layers"
 
 
@@ -164,10 +164,7 @@ def _move(graphs, foldings, counts, through_gates):
     Returns:
         The foldings with what each of them moves; the absorptions; and the offsets that pass through gates.
     """
-    moved = {
-        layer: dataclasses.replace(folding, moved=BOTH if _can_move(folding, counts) else NOTHING)
-        for layer, folding in foldings.items()
-    }
+    moved = {layer: _moving(folding, counts) for layer, folding in foldings.items()}
     while True:
         found = follow_rescalings(graphs, functools.partial(_begun, moved), through_gates=through_gates)
         if not found.obstacles:
@@ -175,10 +172,16 @@ def _move(graphs, foldings, counts, through_gates):
         moved = {layer: _retracted(folding, found.obstacles) for layer, folding in moved.items()}
 
 
-def _can_move(folding, counts):
-    has_rescaling = np.any(folding.output_scale != 1) or np.any(folding.output_offset != 0)
-    # A negative scale would turn the maximum of a pooling into the minimum.
-    return counts[folding.layer] == 1 and has_rescaling and np.all(folding.output_scale > 0)
+def _moving(folding, counts):
+    """`folding`, which moves all that it may."""
+    if not np.any(folding.output_scale != 1) and not np.any(folding.output_offset != 0):
+        return folding
+    if counts[folding.layer] > 1:
+        return dataclasses.replace(folding, obstacle="it is called several times")
+    if not np.all(folding.output_scale > 0):
+        # They would turn the maximum of a pooling into the minimum.
+        return dataclasses.replace(folding, obstacle="some of its scales are not positive")
+    return dataclasses.replace(folding, moved=BOTH)
 
 
 def _retracted(folding: Folding, obstacles: Sequence[Obstacle]) -> Folding:

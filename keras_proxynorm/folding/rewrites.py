@@ -113,8 +113,8 @@ class _GatedLinear(NamedTuple):
     response: Any
     add: Any
 
-    def apply(self, inputs, gate, **kwargs):
-        return self.add([self.linear(inputs, **kwargs), self.response(gate)])
+    def apply(self, reads, *args, **kwargs):
+        return self.add([self.linear(*args, **kwargs), *map(self.response, reads)])
 
 
 def _gated(

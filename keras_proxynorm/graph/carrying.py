@@ -17,6 +17,7 @@ __all__ = [
     "copy_of",
     "dtype_of",
     "has_late_regularizers",
+    "weights_by_name",
 ]
 
 
@@ -53,6 +54,9 @@ def carry_state(source: keras.layers.Layer, target: keras.layers.Layer, weights:
     for old, new in layers:
         new.trainable = old.trainable
         copy_rematerialization(old, new)
+        if new.dtype_policy.name != old.dtype_policy.name:
+            # Of a layer that its owner makes, under the policy of the process at that time.
+            new.dtype_policy = old.dtype_policy
     for old, new in variables:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
@@ -72,8 +76,13 @@ def _pairs_inside(source, target):
         raise cannot_clone(source, ValueError(f"the layers {layers[1]}, expected {layers[0]}"))
     pairs = list(zip(*layers, strict=True))
     variables = [pair for old, new in pairs for pair in _pairs_of_variables(old, new)]
-    shapes = [[tuple(pair[i].shape) for pair in variables] for i in range(2)]
+    shapes = [[(tuple(pair[i].shape), pair[i].dtype) for pair in variables] for i in range(2)]
     if shapes[0] != shapes[1] or len(source.weights) != len(target.weights):
+        if any(getattr(x, "quantization_mode", None) or getattr(x, "lora_enabled", False) for x in layers[0]):
+            raise ValueError(
+                f"Layer '{source.name}' ({type(source).__name__}) cannot be cloned, because layers in it are quantized "
+                "or have adapters, which its config does not say. Convert the model first, then quantize or adapt it."
+            )
         raise cannot_clone(source, ValueError(f"weights of the shapes {shapes[1]}, expected {shapes[0]}"))
     if any(old is new for old, new in variables):
         raise cannot_clone(source, ValueError("a layer with the same variables, so that `get_config` holds a layer"))
@@ -111,17 +120,20 @@ def carry_by_name(source: keras.layers.Layer, target: keras.layers.Layer, weight
     """
     target.trainable = source.trainable
     copy_rematerialization(source, target)
-    known = {weight.name: weight for weight in source.weights}
-    copied = []
-    for weight in target.weights:
-        old = known.get(weight.name)
-        if old is not None and tuple(old.shape) == tuple(weight.shape):
-            if source.trainable and not old.trainable:
-                weight.trainable = False
-            if weights:
-                weight.assign(copy_of(old))
-                copied.append(weight.name)
-    return copied
+    pairs = weights_by_name(source, target)
+    for old, new in pairs:
+        if source.trainable and not old.trainable:
+            new.trainable = False
+        if weights:
+            new.assign(copy_of(old))
+    return [new.name for _, new in pairs if weights]
+
+
+def weights_by_name(source: keras.layers.Layer, target: keras.layers.Layer) -> list[tuple[Any, Any]]:
+    """Pairs of the weights of two layers that mean the same: same name, same shape."""
+    known = {(weight.name, tuple(weight.shape)): weight for weight in source.weights}
+    places = [(weight.name, tuple(weight.shape)) for weight in target.weights]
+    return [(known[place], new) for place, new in zip(places, target.weights, strict=True) if place in known]
 
 
 def carry_own_weights(source: keras.Model, target: keras.Model, graph_model: keras.Model, weights: bool = True) -> bool:

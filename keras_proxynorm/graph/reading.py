@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_proxynorm.compat import nodes_of
+from keras_proxynorm.compat import functional_class, nodes_of
 
 __all__ = [
     "Call",
@@ -19,6 +19,7 @@ __all__ = [
     "is_functional",
     "is_sequential",
     "nested_model",
+    "overrides_call",
     "read_graphs",
     "tensors_in",
 ]
@@ -125,10 +126,6 @@ class Graph:
         """Whether one call reads `tensor`, and the model does not return it."""
         return len(self.consumers(tensor)) == 1 and not self.is_output(tensor)
 
-    def returns(self, operation: keras.Operation) -> bool:
-        """Whether an output of the model is one of `operation`."""
-        return any(self.operation(tensor) is operation for tensor in self.outputs)
-
 
 def is_sequential(operation: Any) -> bool:
     """Whether it is a sequential model."""
@@ -137,15 +134,21 @@ def is_sequential(operation: Any) -> bool:
 
 def is_functional(operation: Any) -> bool:
     """Whether it is a functional model, of whatever class."""
-    # Keras does not export the class; of all models only functional ones know their operations.
-    return isinstance(operation, keras.Model) and hasattr(operation, "operations")
+    return isinstance(operation, functional_class())
+
+
+def overrides_call(model: keras.Model) -> bool:
+    """Whether a functional or sequential model computes something else than its graph says."""
+    return type(model).call not in (keras.Sequential.call, functional_class().call)
 
 
 def nested_model(operation: Any) -> keras.Model | None:
-    """The model that an operation runs: itself, or the model inside a `TimeDistributed`; None if there is none."""
-    if isinstance(operation, keras.layers.TimeDistributed):
+    """The model whose graph an operation runs: itself, or that inside a `TimeDistributed`; None if there is none."""
+    # The class itself: a subclass may do more, and so may a model that overrides `call`.
+    if type(operation) is keras.layers.TimeDistributed:
         operation = operation.layer
-    return operation if is_functional(operation) or is_sequential(operation) else None
+    has_graph = is_functional(operation) or is_sequential(operation)
+    return operation if has_graph and not overrides_call(operation) else None
 
 
 def check_readable(model: Any) -> None:
@@ -167,6 +170,11 @@ def check_readable(model: Any) -> None:
             "Argument `model` must be a functional or sequential model: what a subclassed model does with its layers "
             "is only in its code. Convert the functional models inside it one by one, or use the layers in the code. "
             f"Received: the model '{model.name}' of the class {type(model).__name__}"
+        )
+    if overrides_call(model):
+        raise ValueError(
+            "Argument `model` must be a model that computes what its graph says, and not override `call`. Convert the "
+            f"model that it calls. Received: the model '{model.name}' of the class {type(model).__name__}, which does"
         )
 
 

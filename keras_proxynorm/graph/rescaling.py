@@ -202,6 +202,8 @@ class _Search:
         if len(with_offset) != 1 or given[1 - with_offset[0]] is not None or not graph.is_read_once(call.output):
             return given
         (index,), (consumer,) = with_offset, graph.consumers(call.output)
+        if graph.is_output(consumer.output):
+            return given  # its name is that of the layer
         gate, rescaling, layer = call.inputs[1 - index], given[index], consumer.operation
         positions = {size for axis, size in enumerate(gate.shape[1:], start=1) if axis != rescaling.axis}
         scaled = rescaling.without_offset()

@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_proxynorm.compat import functional_call, lambda_output_shape
+from keras_proxynorm.compat import lambda_output_shape
 from keras_proxynorm.graph.carrying import cannot_clone, carry_own_weights, carry_state, dtype_of, has_late_regularizers
-from keras_proxynorm.graph.reading import Call, Graph, is_functional, is_sequential, nested_model
+from keras_proxynorm.graph.reading import Call, Graph, is_sequential, nested_model
 
 __all__ = ["Clone", "Rewrite", "clone", "clone_layer"]
 
@@ -24,19 +24,18 @@ class Rewrite:
         make: Makes the new layer; it is called once.
         carry: Sets the weights of the new layer, and what of them is trainable: a function of the old operation and the
             new layer. It returns notes about what could not be carried.
-        absorbs: Operations that vanish into the new layer where they read `source`: its output takes the place of
-            theirs.
+        absorbs: Calls that read `source` and vanish into the new layer: its output takes the place of theirs.
         preceding: The operation before `source` that vanishes into the new layer, which reads what that one reads; or
             None.
         reads: Further tensors of the old model, on which `source` depends. Their counterparts are passed to `call`.
-        call: How the new layer is called, if it is more than one layer: a function of the new layer, the arguments of
-            the call, and `reads`. Defaults to a call of the new layer.
+        call: How the new layer is called, if it is more than one layer: a function of the new layer, a tuple for
+            `reads`, and the arguments of the call. Defaults to a call of the new layer.
     """
 
     source: keras.Operation
     make: Callable[[], Any]
     carry: Callable[[Any, Any], Sequence[str]]
-    absorbs: tuple[keras.Operation, ...] = ()
+    absorbs: tuple[Call, ...] = ()
     preceding: keras.Operation | None = None
     reads: tuple[keras.KerasTensor, ...] = ()
     call: Callable[..., Any] | None = None
@@ -88,9 +87,12 @@ def clone_layer(layer: keras.Operation, **config: Any) -> Any:
     if isinstance(layer, keras.layers.Lambda):
         return _clone_lambda(layer)
     try:
-        return type(layer).from_config({**layer.get_config(), **config})
+        new = type(layer).from_config({**layer.get_config(), **config})
     except Exception as error:  # get_config and from_config are the user's
         raise cannot_clone(layer, error) from error
+    # Configs of custom classes may lack it, and outputs have the names of layers.
+    new.name = config.get("name", layer.name)
+    return new
 
 
 class _Cloner:
@@ -101,6 +103,10 @@ class _Cloner:
         self.rewrites: dict[keras.Operation, list[Rewrite]] = {}
         for rewrite in rewrites:
             self.rewrites.setdefault(rewrite.source, []).append(rewrite)
+        every = [rewrite for several in self.rewrites.values() for rewrite in several]
+        # The rewrites that absorb calls, and the operations that vanish into the one that reads them.
+        self.absorbing = {call: rewrite for rewrite in every for call in rewrite.absorbs}
+        self.preceding = {rewrite.preceding for rewrite in every if rewrite.preceding is not None}
         self.replaced: dict[keras.Operation, tuple[Any, ...]] = {}
         self.clones: dict[keras.Operation, Any] = {}
         self.notes: list[str] = []
@@ -108,14 +114,12 @@ class _Cloner:
     def clone(self, operation):
         """The clone of an operation that is not rewritten; always the same one."""
         if operation not in self.clones:
-            if is_functional(operation):
-                self.clones[operation] = self.clone_functional(operation)
-            elif is_sequential(operation):
-                self.clones[operation] = self.clone_sequential(operation)
+            if id(operation) in self.graphs:
+                make = self.clone_sequential if is_sequential(operation) else self.clone_functional
+                self.clones[operation] = make(operation)
             elif (nested := nested_model(operation)) is not None:
-                self.clones[operation] = type(operation)(
-                    self.clone(nested), name=operation.name, dtype=dtype_of(operation)
-                )
+                wrapper = type(operation)
+                self.clones[operation] = wrapper(self.clone(nested), name=operation.name, dtype=dtype_of(operation))
             else:
                 self.clones[operation] = clone_layer(operation)
         return self.clones[operation]
@@ -134,7 +138,7 @@ class _Cloner:
             for operation in graph.operations
             if isinstance(operation, keras.layers.InputLayer)
         }
-        values = self.run(graph, made, lambda layer, *args, **kwargs: layer(*args, **kwargs))
+        values = self.run(graph, made)
         structures = graph.functional.input, graph.functional.output
         inputs, outputs = (keras.tree.map_structure(lambda tensor: values[tensor], x) for x in structures)
         cls = type(model)
@@ -145,8 +149,13 @@ class _Cloner:
 
     def clone_sequential(self, model):
         graph = self.graphs[id(model)]
+        calls = {call.operation: call for call in graph.calls}
         layers = [keras.layers.InputLayer.from_config(graph.functional.layers[0].get_config())]
-        self.run(graph, {}, lambda layer, *_, **__: layers.append(layer))
+        for layer in model.layers:
+            if layer in self.rewrites:
+                layers.extend(self.new_layers(layer))
+            elif layer not in self.preceding and calls[layer] not in self.absorbing:
+                layers.append(self.clone(layer))
         if type(model) is not keras.Sequential:
             self.note_class(model, "keras.Sequential")
         return self.finish(model, keras.Sequential(layers, name=model.name))
@@ -157,73 +166,51 @@ class _Cloner:
         return clone
 
     def note_class(self, model, instead):
-        if type(model).call not in (keras.Model.call, keras.Sequential.call, functional_call()):
-            raise cannot_clone(
-                model, ValueError("a model that overrides `call`, and is not made of inputs and outputs")
-            )
         self.notes.append(
             f"Model '{model.name}' is a {type(model).__name__}; its replacement is a {instead} of the same graph, "
             "without the methods and attributes of that class."
         )
 
-    def run(self, graph, values, apply):
+    def run(self, graph, values):
         """Calls the clones of all operations of a graph; returns the new tensors by the old ones.
 
         Args:
             graph: The graph.
             values: The new inputs by the old ones.
-            apply: How a new layer is called.
         """
         values = dict(values)
-        # What operations that read a tensor and vanish become: the output of the layer that absorbs them.
-        absorbed: dict[tuple[keras.KerasTensor, keras.Operation], Any] = {}
-
-        def new(structure):
-            return keras.tree.map_structure(
-                lambda x: values.get(x) if isinstance(x, keras.KerasTensor) else x, structure
-            )
-
+        # The outputs of rewritten calls, one for each rewrite.
+        results: dict[tuple[keras.KerasTensor, Rewrite], Any] = {}
         for call in graph.calls:
-            operation, outputs = call.operation, None
-            vanished = [absorbed[tensor, operation] for tensor in call.inputs if (tensor, operation) in absorbed]
-            if vanished and operation in self.rewrites:
-                outputs = apply(*self.new_layers(operation), vanished[0])
-            elif vanished:
-                outputs = vanished[0]
-            elif operation in self.rewrites:
-                outputs, after = self.rewritten(graph, call, new, apply)
-                absorbed.update(after)
-            elif self.precedes_rewritten(graph, call):
-                outputs = values.get(call.inputs[0])
-            else:
-                outputs = apply(self.clone(operation), *new(call.args), **new(call.kwargs))
-            values.update(zip(call.outputs, keras.tree.flatten(outputs), strict=False))
+            outputs = self.outputs_of(call, values, results)
+            values.update(zip(call.outputs, keras.tree.flatten(outputs), strict=True))
         return values
 
-    def rewritten(self, graph, call, new, apply):
-        """The output of a call that is rewritten, and what its consumers become that are absorbed."""
-        consumers = [consumer.operation for consumer in graph.consumers(call.output)]
-        results: list[tuple[Any, bool]] = []
-        after: dict[tuple[keras.KerasTensor, keras.Operation], Any] = {}
-        for rewrite, layer in zip(self.rewrites[call.operation], self.new_layers(call.operation), strict=True):
-            args, kwargs = _arguments_for(call, layer)
+    def outputs_of(self, call, values, results):
+        """What takes the place of the outputs of a call."""
+        operation = call.operation
+        if call in self.absorbing:
+            output = results[call.inputs[0], self.absorbing[call]]
+            return self.new_layers(operation)[0](output) if operation in self.rewrites else output
+        if operation in self.preceding:
+            return values[call.inputs[0]]
+        if operation not in self.rewrites:
+            return self.clone(operation)(*_new(values, call.args), **_new(values, call.kwargs))
+        rewrites = self.rewrites[operation]
+        for rewrite, layer in zip(rewrites, self.new_layers(operation), strict=True):
+            args, kwargs = (_new(values, arguments) for arguments in _arguments_for(call, layer))
             if rewrite.call is None:
-                output = apply(layer, *new(args), **new(kwargs))
+                results[call.output, rewrite] = layer(*args, **kwargs)
             else:
-                output = rewrite.call(layer, *new(args), *new(rewrite.reads), **new(kwargs))
-            taken = [operation for operation in consumers if operation in rewrite.absorbs]
-            after |= {(call.output, operation): output for operation in taken}
-            results.append((output, bool(taken)))
-        # The last of them if all absorb a consumer: then nothing else reads it.
-        return next((output for output, is_taken in results if not is_taken), results[-1][0]), after
+                results[call.output, rewrite] = rewrite.call(layer, _new(values, rewrite.reads), *args, **kwargs)
+        # What is not absorbed reads the rewrite that absorbs nothing; if there is none, nothing is left to read it.
+        default = next((rewrite for rewrite in rewrites if not rewrite.absorbs), rewrites[0])
+        return results[call.output, default]
 
-    def precedes_rewritten(self, graph, call):
-        """Whether a call vanishes into the one that reads it."""
-        return any(
-            call.operation is rewrite.preceding
-            for consumer in graph.consumers(call.output)
-            for rewrite in self.rewrites.get(consumer.operation, ())
-        )
+
+def _new(values, structure):
+    """The new tensors in the place of the old ones in a structure of arguments."""
+    return keras.tree.map_structure(lambda x: values[x] if isinstance(x, keras.KerasTensor) else x, structure)
 
 
 def _arguments_for(call: Call, layer: Any):
@@ -279,5 +266,5 @@ def _clone_lambda(layer):
 
 def _has_functional_constructor(cls):
     spec = inspect.getfullargspec(cls.__init__)
-    passes_on = spec.varargs is not None and spec.varkw is not None
+    passes_on = spec.args[1:] == [] and spec.varargs is not None and spec.varkw is not None
     return not spec.kwonlyargs and (spec.args[1:] == ["inputs", "outputs", "name"] or passes_on)

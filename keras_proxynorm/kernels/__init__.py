@@ -3,6 +3,7 @@
 from keras_proxynorm.kernels.proxy_norm import (
     affine,
     affine_and_activate,
+    group_normalize,
     group_normalize_and_activate,
     normalize,
     proxy_moments,
@@ -14,6 +15,7 @@ __all__ = [
     "affine",
     "affine_and_activate",
     "group_moments",
+    "group_normalize",
     "group_normalize_and_activate",
     "normalize",
     "proxy_moments",

@@ -12,6 +12,7 @@ from keras_proxynorm.moments import ElementwiseActivation, Tensor
 __all__ = [
     "affine",
     "affine_and_activate",
+    "group_normalize",
     "group_normalize_and_activate",
     "normalize",
     "proxy_moments",
@@ -68,14 +69,31 @@ def group_normalize_and_activate(
             output_offset = -mean * output_scale
         return normalize_and_activate(x, scale, offset, output_scale, output_offset, activation, groups, axis, epsilon)
     gamma, beta = channels.broadcast(gamma, x, axis), channels.broadcast(beta, x, axis)
+    y = group_normalize(x, groups, axis, epsilon, gamma, beta, mask)
+    return affine_and_activate(
+        y, None, None, proxy_moments, activation=activation, axis=axis, proxy_epsilon=proxy_epsilon
+    )
+
+
+def group_normalize(
+    x: Tensor,
+    groups: int,
+    axis: int,
+    epsilon: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Group normalization, with tensors `gamma` and `beta` that broadcast against `x`, or None for 1 and 0.
+
+    Takes the other arguments of `group_normalize_and_activate` that it has, and returns a tensor of the shape and dtype
+    of `x`.
+    """
     pivot, distance, variance = group_moments(x, groups, axis, mask)
     if mask is not None:
         # Masked values have another scale than the others; float16 may not hold what normalization makes of them.
         x = ops.where(expand_mask(mask, x), x, pivot + distance)
-    y = normalize(x, pivot, distance, variance, gamma, beta, epsilon)
-    return affine_and_activate(
-        y, None, None, proxy_moments, activation=activation, axis=axis, proxy_epsilon=proxy_epsilon
-    )
+    return normalize(x, pivot, distance, variance, gamma, beta, epsilon)
 
 
 def affine_and_activate(

@@ -156,10 +156,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
         )
 
     def _normalize(self, x, mask):
-        pivot, distance, variance = kernels.group_moments(
-            x, self._number_of_groups(x.shape), self._channel_axis(x.shape), mask
-        )
-        return kernels.normalize(x, pivot, distance, variance, None, None, self.epsilon)
+        groups, axis = self._number_of_groups(x.shape), self._channel_axis(x.shape)
+        return kernels.group_normalize(x, groups, axis, self.epsilon, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}

@@ -29,11 +29,11 @@ def find_compensations(graphs: Sequence[Graph], decisions: Iterable[Decision], a
         The layers that can take the rescaling back, exactly unless `approximate`, and the places where that is not
         possible. The values of a rescaling are those of the weights at the time when they are asked for.
     """
-    activated = {decision.layer: decision for decision in decisions if decision.activated is not None}
+    absorbing = {call: decision for decision in decisions for call in decision.absorbed}
 
     def source(graph, call):
-        decision = activated.get(graph.operation(call.inputs[0])) if call.inputs else None
-        if decision is None or call.operation not in decision.absorbed:
+        decision = absorbing.get(call)
+        if decision is None:
             return None
 
         def values():

@@ -68,7 +68,7 @@ def make_layer(target: Target, options: Options, decision: Decision, with_activa
 
 
 def _activity_regularizer(decision, with_activation):
-    layers = decision.absorbed if with_activation else [decision.layer]
+    layers = decision.absorbed_operations if with_activation else [decision.layer]
     regularizers = [getattr(layer, "activity_regularizer", None) for layer in layers]
     return next((regularizer for regularizer in regularizers if regularizer is not None), None)
 
@@ -96,6 +96,8 @@ def _carry(decision: Decision, copies: bool, source: Any, new: Any) -> list[str]
     carried = carry_by_name(source, new, copies)
     if linear is not None:
         carry_by_name(linear, new.layer, copies)
+        if not source.trainable:
+            new.layer.trainable = False
         if "moving_mean" in carried and linear.use_bias:
             # Of the outputs without the bias.
             new.moving_mean.assign(new.moving_mean - ops.convert_to_tensor(linear.bias))

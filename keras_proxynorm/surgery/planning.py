@@ -47,8 +47,8 @@ class Decision:
             "left alone".
         channels: The number of its channels, 0 if it is left alone.
         activation: The activation that is fused with the new layer, or None.
-        absorbed: The operations that apply this activation now, and vanish.
-        renamed: Those of them whose names are names of outputs, and not that of the new layer.
+        absorbed: The calls that apply this activation now, and vanish.
+        renamed: The operations among them whose names are names of outputs, and not that of the new layer.
         name: The name of the layer with the activation.
         activation_follows: Whether an activation, or something unknown, comes later; for a layer without activation.
         reason: Why it is left alone, or why no activation is fused with it.
@@ -64,7 +64,7 @@ class Decision:
     action: str
     channels: int = 0
     activation: Any = None
-    absorbed: tuple[keras.Operation, ...] = ()
+    absorbed: tuple[Call, ...] = ()
     renamed: tuple[keras.Operation, ...] = ()
     name: str | None = None
     activation_follows: bool = True
@@ -87,7 +87,12 @@ class Decision:
     @property
     def outermost(self) -> Any:
         """The layer whose output that of the layer with the activation is, if no function is: it has its dtype."""
-        return next((layer for layer in self.absorbed if isinstance(layer, keras.layers.Layer)), self.layer)
+        return next((x for x in self.absorbed_operations if isinstance(x, keras.layers.Layer)), self.layer)
+
+    @property
+    def absorbed_operations(self) -> tuple[keras.Operation, ...]:
+        """The operations of the absorbed calls, each once."""
+        return tuple(dict.fromkeys(call.operation for call in self.absorbed))
 
 
 class _Use(NamedTuple):
@@ -112,6 +117,10 @@ class _Consumer(NamedTuple):
     @property
     def operation(self):
         return self.call.operation
+
+    @property
+    def is_output(self):
+        return self.graph.is_output(self.call.output)
 
 
 def plan(
@@ -187,16 +196,14 @@ def _decide(used: list[_Use], counts, selects, target: Target) -> Decision:
         reason = reason or "its output is read without activation, too"
     if activated and reason is None and (is_batch_norm or not mixed):
         name = _name(layer, activated, counts, [graph for graph, _ in used], mixed)
-        absorbed = tuple(dict.fromkeys(consumer.operation for consumer in activated))
-        returned = {x.operation for x in activated if x.graph.returns(x.operation)}
         return Decision(
             layer,
             path,
             SPLIT if mixed else FUSED,
             channels,
             activation=activated[0].activation,
-            absorbed=absorbed,
-            renamed=tuple(x for x in absorbed if x in returned and x.name != name),
+            absorbed=tuple(consumer.call for consumer in activated),
+            renamed=tuple(x.operation for x in activated if x.is_output and x.operation.name != name),
             name=name,
             linear=linear,
         )
@@ -322,6 +329,8 @@ def _reason_not_to_fuse(layer, consumers, activated, fuses):
     others = [consumer.operation for consumer in consumers if consumer.activation is None]
     if not activated:
         kept = [operation for operation in others if looks_like_activation(operation)]
+        if kept and activation_of(kept[0]) is not None:
+            return f"{kept[0].name} makes an output of the model, and is called elsewhere, too"
         return f"{kept[0].name} ({type(kept[0]).__name__}) cannot be fused with it" if kept else None
     if not fuses:
         return "the new layers have no activation"
@@ -355,7 +364,7 @@ def _name(layer, activated, counts, graphs, mixed):
     """The name of an activation that vanishes, so that `get_layer` and the names of outputs stay the same."""
     own = {consumer.operation for consumer in activated} | (set() if mixed else {layer})
     taken = {operation.name for graph in graphs for operation in graph.operations if operation not in own}
-    outputs = [consumer.operation.name for consumer in activated if consumer.graph.returns(consumer.operation)]
+    outputs = [consumer.operation.name for consumer in activated if consumer.is_output]
     names = [
         consumer.operation.name
         for consumer in activated

@@ -10,7 +10,7 @@ import keras
 
 from keras_proxynorm.arguments import as_boolean, as_choice, as_positive_integer
 from keras_proxynorm.graph.activation_nodes import describe_activation
-from keras_proxynorm.graph.carrying import carry_compile_state
+from keras_proxynorm.graph.carrying import carry_compile_state, weights_by_name
 from keras_proxynorm.graph.layer_kinds import NORMALIZATIONS, normalization_axis
 from keras_proxynorm.graph.reading import as_path, check_readable, read_graphs
 from keras_proxynorm.graph.rescaling import Followed
@@ -210,7 +210,7 @@ def replace_normalization(
     report = ReplacementReport(
         model=model.name,
         to=target.name,
-        layers=tuple(_layer_report(decision, options.copies, calibrated) for decision in decisions),
+        layers=tuple(_layer_report(target, options.copies, calibrated, decision) for decision in decisions),
         hidden=hidden_normalizations(graphs),
         parameters_before=model.count_params(),
         parameters_after=cloned.model.count_params(),
@@ -270,7 +270,7 @@ def _moments_of_old_layers(model, decisions, batch):
     return channel_moments_of_outputs(model, replaced, batch)
 
 
-def _layer_report(decision: Decision, copies: bool, calibrated: Container[Any]) -> LayerReport:
+def _layer_report(target: Target, copies: bool, calibrated: Container[Any], decision: Decision) -> LayerReport:
     source = decision.layer
     report = LayerReport(
         path=decision.path,
@@ -281,12 +281,16 @@ def _layer_report(decision: Decision, copies: bool, calibrated: Container[Any]) 
     )
     if not decision.is_replaced:
         return report
-    weights = {weight.name for layer in decision.new_layers for weight in layer.weights} if copies else ()
+    if decision.activated is not None and target.has_own_nonlinearity:
+        name = describe_activation(decision.activation)
+        report = dataclasses.replace(report, reason=f"a nonlinearity of its own takes the place of {name}")
+    pairs = [pair for layer in decision.new_layers for pair in weights_by_name(source, layer)]
+    weights = {old.name for old, _ in pairs} if copies else ()
     return dataclasses.replace(
         report,
         names=tuple(layer.name for layer in decision.new_layers),
-        activation=describe_activation(decision.activation),
-        absorbed=tuple(operation.name for operation in decision.absorbed),
+        activation=None if target.has_own_nonlinearity else describe_activation(decision.activation),
+        absorbed=tuple(operation.name for operation in decision.absorbed_operations),
         channels=decision.channels,
         groups=getattr(decision.new_layers[0], "groups", None),
         linear=decision.linear and decision.linear.name,

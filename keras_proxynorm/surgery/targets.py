@@ -23,6 +23,7 @@ def _with_own_nonlinearity(layer_class):
     variable = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     make.__signature__ = inspect.Signature([*parameters, variable])  # type: ignore[attr-defined]
     # Without the nonlinearity, EvoNorm is nothing but gamma and beta.
+    make.has_own_nonlinearity = True  # type: ignore[attr-defined]
     make.normalizes_alone = layer_class is baselines.FilterResponseNormalization  # type: ignore[attr-defined]
     return make
 
@@ -138,6 +139,11 @@ class Target:
     def normalizes_alone(self) -> bool:
         """Whether the layers normalize, too, without an activation."""
         return getattr(self.factory, "normalizes_alone", True)
+
+    @property
+    def has_own_nonlinearity(self) -> bool:
+        """Whether a nonlinearity of the layers takes the place of the activation."""
+        return getattr(self.factory, "has_own_nonlinearity", False)
 
     @property
     def contains_linear(self) -> bool:

@@ -1119,7 +1119,7 @@ def test_a_decoder_folds_whole(norm):
     assert kinds == ({layers.Identity} if norm is layers.BatchNormalization else {FoldedNormalization})
 
 
-def gated_model(call, taken=()):
+def gated_model(call, taken=("end",)):
     inputs = keras.Input((8, 8, 8), name="image")
     x = call(kp.GroupNormProxy(4, activation="silu", name="norm"), inputs)
     gate = call(layers.GlobalAveragePooling2D(keepdims=True), x)
@@ -1150,3 +1150,54 @@ def test_what_a_gate_adds_gets_names_that_are_free():
     assert {"project_offset_1", "project_with_offset_1"} <= {layer.name for layer in folded.layers}
     assert report.warnings == ()
     assert_equal(folded, model, sample(model))
+
+
+def test_an_output_keeps_its_name_where_a_gate_precedes_it():
+    model = gated_model(lambda layer, x: layer(x), taken=())
+    folded, _ = fold_with_report(model, through_gates=True)
+    assert folded.output_names == model.output_names == ["project"]
+    assert_equal(folded, model, sample(model))
+
+
+@pytest.mark.parametrize("make", [lambda: kp.GroupNormProxy(4, name="norm"), lambda: kp.LayerNormProxy(name="norm")])
+def test_masked_positions_come_out_as_in_the_layer(make):
+    # Whatever is in them: the convolution after the layer reads them.
+    steps, mask = keras.Input((7, 8)), keras.Input((7,), dtype="bool")
+    x = make()(steps, mask=mask)
+    model = randomize(keras.Model([steps, mask], layers.Conv1D(4, 3, name="reader")(x)))
+    x, kept = normal(2, 7, 8), np.arange(7) < [[3], [5]]
+    x[~kept] = np.inf
+    expected, received = (numpy(m([x, kept], training=False)) for m in (model, fold(model)))
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-5)
+
+
+class Squared(keras.Model):
+    def call(self, inputs):
+        return super().call(inputs) ** 2
+
+
+class TimesTwoPlusOne(layers.TimeDistributed):
+    def call(self, inputs):
+        return 2 * super().call(inputs) + 1
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_is_moved_out_of_a_model_that_overrides_call(wrapped):
+    inner = backbone() if wrapped else Squared(*(lambda m: (m.input, m.output))(backbone()), name="backbone")
+    inputs = keras.Input((3, 6, 6, 4) if wrapped else (6, 6, 4))
+    x = TimesTwoPlusOne(inner)(inputs) if wrapped else inner(inputs)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    assert check(model)[1].absorbed == {}
+
+
+def test_the_report_says_why_nothing_is_moved():
+    norm = layers.BatchNormalization(name="norm")
+    twice = chain(lambda x: norm(norm(x)), layers.Dense(3))
+    identity = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(epsilon=0.0, name="norm")])
+    twice_report = fold(randomize(twice), return_report=True)[1]
+    assert twice_report.not_done == {"norm": "it is called several times"}
+    bn = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(name="norm"), layers.Dense(3)])
+    bn.layers[0].gamma.assign([1, -1, 1, 1])
+    assert fold(bn, return_report=True)[1].not_done == {"norm": "some of its scales are not positive"}
+    assert fold(identity, return_report=True)[1].layers[0].action == "dropped, since it changes nothing"

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 from surgery.stand_ins import assert_same_outputs, image, nested, outputs, small_model
 
-from keras_proxynorm.graph.reading import read_graphs
+from keras_proxynorm.graph.reading import check_readable, read_graphs
 from keras_proxynorm.graph.rewriting import Rewrite, clone
 
 
@@ -65,8 +65,10 @@ def test_what_reads_and_what_is_read_may_be_absorbed(sequential):
             x = part(x)
         model = keras.Model(inputs, x)
     before, source, after, _ = parts
-    rewrite = Rewrite(source, lambda: scaled(30.0, "all"), nothing_to_carry, absorbs=(after,), preceding=before)
-    cloned = clone(read_graphs(model), [rewrite]).model
+    graphs = read_graphs(model)
+    absorbs = tuple(call for call in graphs[0].calls if call.operation is after)
+    rewrite = Rewrite(source, lambda: scaled(30.0, "all"), nothing_to_carry, absorbs, before)
+    cloned = clone(graphs, [rewrite]).model
     assert [layer.name for layer in cloned.layers if layer.name in "before source all after end"] == ["all", "end"]
     assert type(cloned) is type(model) and cloned.get_layer("all").output is not None
     np.testing.assert_array_equal(outputs(cloned, np.ones((1, 4)))[0], 210)
@@ -77,26 +79,28 @@ def test_several_rewrites_for_several_ways_of_reading():
     x = scaled(2.0, "source")(inputs)
     first, second = scaled(3.0, "first"), scaled(3.0, "second")
     model = keras.Model(inputs, [first(x), second(x), scaled(7.0, "other")(x), x])
-    source = model.get_layer("source")
+    source, graphs = model.get_layer("source"), read_graphs(model)
+    absorbs = tuple(call for call in graphs[0].calls if call.operation in (first, second))
     rewrites = [
-        Rewrite(source, lambda: scaled(6.0, "both"), nothing_to_carry, absorbs=(first, second)),
+        Rewrite(source, lambda: scaled(6.0, "both"), nothing_to_carry, absorbs),
         Rewrite(source, lambda: scaled(2.0, "alone"), nothing_to_carry),
         # It is absorbed, and has a name that an output needs.
         Rewrite(second, lambda: layers.Identity(name="second"), nothing_to_carry),
     ]
-    cloned = clone(read_graphs(model), rewrites)
+    cloned = clone(graphs, rewrites)
     assert [layer.name for layer in cloned.replaced[source]] == ["both", "alone"]
     assert [float(y[0, 0]) for y in outputs(cloned.model, np.ones((1, 4)))] == [6, 6, 14, 2]
     assert cloned.model.output_names[1] == "second"
 
 
-def test_a_shared_activation_is_absorbed_only_where_it_reads_the_source():
+def test_a_shared_activation_is_absorbed_only_in_the_calls_that_are_named():
     inputs = keras.Input((4,))
     relu = layers.ReLU(name="relu")
     x = relu(scaled(2.0, "source")(relu(inputs)))
     model = keras.Model(inputs, scaled(1.0, "end")(x))
-    source = model.get_layer("source")
-    cloned = clone(read_graphs(model), [Rewrite(source, lambda: scaled(5.0, "new"), nothing_to_carry, (relu,))]).model
+    source, graphs = model.get_layer("source"), read_graphs(model)
+    absorbs = (graphs[0].maker(x),)
+    cloned = clone(graphs, [Rewrite(source, lambda: scaled(5.0, "new"), nothing_to_carry, absorbs)]).model
     assert len(cloned.get_layer("relu")._inbound_nodes) == 1
     np.testing.assert_array_equal(outputs(cloned, -np.ones((1, 4)))[0], 0)
 
@@ -112,7 +116,7 @@ def test_a_rewrite_may_read_further_tensors_and_be_several_layers():
         lambda: (scaled(2.0, "source"), add),
         nothing_to_carry,
         reads=(gate,),
-        call=lambda pair, x, gate: pair[1]([pair[0](x), gate]),
+        call=lambda pair, reads, x: pair[1]([pair[0](x), *reads]),
     )
     cloned = clone(read_graphs(model), [rewrite]).model
     np.testing.assert_array_equal(outputs(cloned, np.ones((1, 4)))[0], 2 * 3 + 3 + 3)
@@ -148,15 +152,66 @@ class OverridesCall(keras.Model):
         return 2 * super().call(inputs)
 
 
-class OverridesCallWithArguments(OverridesCall):
-    def __init__(self, *args, factor=1.0, **kwargs):
-        super().__init__(*args, **kwargs)
+class TimesTwo(layers.TimeDistributed):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
 
 
-def test_a_model_that_overrides_call_keeps_its_class_or_is_refused():
+def test_a_model_that_overrides_call_is_refused():
     source = small_model()
-    model = OverridesCall(source.input, source.output)
-    assert type(clone(read_graphs(model)).model) is OverridesCall
-    assert_same_outputs(model, clone(read_graphs(model)).model, image(1, 8, 8, 3))
-    with pytest.raises(ValueError, match="cannot be cloned.*a model that overrides `call`"):
-        clone(read_graphs(OverridesCallWithArguments(source.input, source.output)))
+    with pytest.raises(ValueError, match="must be a model that computes what its graph says, and not override `call`"):
+        check_readable(OverridesCall(source.input, source.output))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_nested_model_does_in_a_call_of_its_own_is_left_whole(wrapped):
+    source = small_model()
+    inputs = keras.Input((5, 8, 8, 3) if wrapped else (8, 8, 3))
+    inner = TimesTwo(source, name="inner") if wrapped else OverridesCall(source.input, source.output, name="inner")
+    model = keras.Model(inputs, layers.Dense(2)(inner(inputs)))
+    graphs = read_graphs(model)
+    assert len(graphs) == 1
+    assert_same_outputs(model, clone(graphs).model, image(1, *inputs.shape[1:]))
+
+
+def test_names_come_through_configs_that_lack_them():
+    class Nameless(layers.Layer):
+        def call(self, inputs):
+            return inputs + 1
+
+        def get_config(self):
+            return {}
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, Nameless(name="logits")(inputs))
+    assert clone(read_graphs(model)).model.output_names == ["logits"]
+
+
+class Holder(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_policies_of_layers_inside_come_through():
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, Holder()(inputs))
+    keras.config.set_dtype_policy("float32")
+    cloned = clone(read_graphs(model)).model
+    assert cloned.layers[-1].dense.compute_dtype == "float16"
+    assert_same_outputs(model, cloned, image(2, 4) / 255)
+
+
+def test_quantized_layers_inside_of_others_are_named():
+    inputs = keras.Input((4, 8))
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs))
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="'attention'.*quantized or have adapters"):
+        clone(read_graphs(model))

@@ -401,3 +401,50 @@ def test_trap_rms_normalization():
     model = keras.Model(inputs, keras.layers.ReLU()(LAYER_NORM(rms_scaling=True)(inputs)))
     with pytest.warns(UserWarning, match="No normalization layer"):
         kp.replace_normalization(model, layers=LAYER_NORM)
+
+
+def test_trap_a_shared_activation_that_is_an_output_in_one_call():
+    relu = keras.layers.ReLU(name="relu")
+    inputs = keras.Input((8, 8, 3))
+    x = relu(conv_bn(inputs, "a"))
+    model = keras.Model(inputs, relu(conv_bn(x, "b")))
+    replaced, report = exact(model)
+    assert (found(report, "a_bn").action, found(report, "b_bn").action) == ("fused", "plain")
+    assert found(report, "b_bn").reason == "relu makes an output of the model, and is called elsewhere, too"
+    assert replaced.output_names == ["relu"] and float(outputs(replaced, image(1, 8, 8, 3))[0].min()) >= 0
+
+
+def test_trap_a_shared_normalization_that_is_activated_in_one_call():
+    inputs = keras.Input((8, 8, 8))
+    norm = BatchNormalization(name="norm")
+    x = keras.layers.ReLU(name="relu")(norm(inputs))
+    y = norm(keras.layers.Conv2D(8, 3, padding="same", name="conv")(x))
+    replaced, report = exact(keras.Model(inputs, keras.layers.Dense(2, name="head")(y)))
+    assert found(report, "norm").action == "split" and found(report, "norm").names == ("relu", "norm")
+    assert {"relu", "norm"} <= {layer.name for layer in replaced.layers}
+
+
+def test_trap_an_activation_that_is_called_twice_on_one_tensor():
+    relu = keras.layers.ReLU(name="relu")
+    inputs = keras.Input((8, 8, 3))
+    y = conv_bn(inputs, "a")
+    model = keras.Model(inputs, [relu(y), keras.layers.Dense(2, name="head")(relu(y))])
+    replaced, report = exact(model)
+    assert replaced.output_names == ["relu", "head"] and found(report, "a_bn").action == "split"
+    assert set(found(report, "a_bn").names) <= {layer.name for layer in replaced.layers}
+
+
+def test_trap_reports_are_true():
+    inputs = keras.Input((8, 8, 8))
+    x = BatchNormalization(name="norm")(keras.layers.Conv2D(8, 3, name="conv")(inputs))
+    model = keras.Model(inputs, keras.layers.Activation("tanh", name="tanh")(x))
+    _, report = kp.replace_normalization(model, to="evonorm_s0", return_report=True)
+    assert found(report, "norm").action == "fused" and found(report, "norm").activation is None
+    assert found(report, "norm").reason == "a nonlinearity of its own takes the place of tanh"
+    to = lambda name, dtype: kp.baselines.BatchGroupNormalization(4, name=name, dtype=dtype)  # noqa: E731
+    _, report = kp.replace_normalization(model, to=to, return_report=True)
+    assert found(report, "norm").weights == ("gamma", "beta")
+    model.get_layer("norm").trainable = False
+    with pytest.warns(UserWarning, match="are frozen with these"):
+        replaced = kp.replace_normalization(model, to="weight_standardization")
+    assert replaced.trainable_weights == []
