@@ -250,9 +250,10 @@ def verify_served(
         raise unloaded[0]
     failed = [comparison for comparison in comparisons if not comparison.passed]
     if failed:
+        advice = "" if failed[0].sizes is None else "Some operations cannot be converted with open sizes: fix them. "
         raise VerificationError(
             f"The artefact must compute what `model` computes, and does not for {len(failed)} of {len(comparisons)} "
-            f"outputs that were compared. Received:\n{Verification(tuple(failed))}"
+            f"outputs that were compared. {advice}Received:\n{Verification(tuple(failed))}"
         )
     verification = Verification(tuple(comparisons))
     for failure in unloaded:
