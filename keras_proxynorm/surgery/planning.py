@@ -1,4 +1,4 @@
-"""Decides what becomes of each normalization of a model, before anything is built."""
+"""Decides what becomes of each normalization of a model, and makes the layers that replace it."""
 
 import dataclasses
 import math
@@ -167,23 +167,23 @@ def hidden_normalizations(graphs: Sequence[Graph]) -> dict[str, int]:
 def _decide(used: list[_Use], counts, selects, target: Target) -> Decision:
     graph, call = used[0]
     layer, path = call.operation, as_path(graph, call.operation)
-    is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
-    reason: str | None
     if not selects(path, layer):
+        is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
         reason = "not selected" if is_batch_norm else f"{type(layer).__name__}, which was not asked for"
         return Decision(layer, path, LEFT_ALONE, reason=reason, is_selected=False)
-    reason = _reason_to_leave(used)
-    if reason is not None:
-        return Decision(layer, path, LEFT_ALONE, reason=reason)
-    linear: Any = None
-    if target.contains_linear:
-        linear = graph.operation(used[0].tensor)
-        reason = _reason_against_linear(used, linear, counts) or target.unsupported_reason(linear)
-        if reason is not None:
-            name = used[0].tensor.name if linear is None else linear.name
-            return Decision(layer, path, LEFT_ALONE, reason=f"after {name}, {reason}")
+    linear = graph.operation(used[0].tensor) if target.contains_linear else None
+    left_because = _reason_to_leave(used)
+    if left_because is None and target.contains_linear:
+        left_because = _reason_against_linear(used, linear, counts, target)
+    if left_because is not None:
+        return Decision(layer, path, LEFT_ALONE, reason=left_because)
     channels = used[0].tensor.shape[normalization_axis(layer)]
+    return _with_activation(Decision(layer, path, PLAIN, channels, linear=linear), used, counts, target)
 
+
+def _with_activation(decision: Decision, used: list[_Use], counts, target: Target) -> Decision:
+    """The decision to replace a normalization, with the activation that its new layer has."""
+    layer = decision.layer
     consumers = [
         _Consumer(graph, consumer, _activation_to_absorb(graph, consumer, counts))
         for graph, call in used
@@ -192,37 +192,30 @@ def _decide(used: list[_Use], counts, selects, target: Target) -> Decision:
     activated = [consumer for consumer in consumers if consumer.activation is not None]
     mixed = len(activated) < len(consumers) or any(graph.is_output(call.output) for graph, call in used)
     reason = _reason_not_to_fuse(layer, consumers, activated, target.fuses)
-    if activated and mixed and linear is not None:
+    if activated and mixed and decision.linear is not None:
         reason = reason or "its output is read without activation, too"
+    is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
     if activated and reason is None and (is_batch_norm or not mixed):
         name = _name(layer, activated, counts, [graph for graph, _ in used], mixed)
-        return Decision(
-            layer,
-            path,
-            SPLIT if mixed else FUSED,
-            channels,
+        return dataclasses.replace(
+            decision,
+            action=SPLIT if mixed else FUSED,
             activation=activated[0].activation,
             absorbed=tuple(consumer.call for consumer in activated),
             renamed=tuple(x.operation for x in activated if x.is_output and x.operation.name != name),
             name=name,
-            linear=linear,
         )
     if target.fuses and not is_batch_norm:
         reason = reason or f"{type(layer).__name__} that does not feed one activation alone"
-        return Decision(layer, path, LEFT_ALONE, reason=reason)
+        return Decision(layer, decision.path, LEFT_ALONE, reason=reason)
     if reason is not None and not target.normalizes_alone:
-        return Decision(layer, path, LEFT_ALONE, reason=reason)
-    before = _activation_before(used[0]) if target.fuses and not activated and reason is None else None
-    follows = any(_activation_follows(graph, call.output) for graph, call in used)
-    return Decision(
-        layer,
-        path,
-        PLAIN,
-        channels,
-        activation_follows=follows,
-        reason=reason or before,
-        linear=linear,
-        follows_activation=before is not None,
+        return Decision(layer, decision.path, LEFT_ALONE, reason=reason)
+    comes_before = _activation_before(used[0]) if target.fuses and not activated and reason is None else None
+    return dataclasses.replace(
+        decision,
+        activation_follows=any(_activation_follows(graph, call.output) for graph, call in used),
+        reason=reason or comes_before,
+        follows_activation=comes_before is not None,
     )
 
 
@@ -257,8 +250,13 @@ def _reason_to_leave(used):
     return None
 
 
-def _reason_against_linear(used, linear, counts):
+def _reason_against_linear(used, linear, counts, target):
     """Why the operation before a normalization cannot become one layer with it; None if it can."""
+    reason = _reason_against_kernel(used, linear, counts) or target.unsupported_reason(linear)
+    return reason and f"after {used[0].tensor.name if linear is None else linear.name}, {reason}"
+
+
+def _reason_against_kernel(used, linear, counts):
     tensor = used[0].tensor
     if not isinstance(linear, LINEAR_WITH_KERNEL):
         return "which is not a linear layer with a kernel"
