@@ -218,7 +218,7 @@ def _compute_weights(proto, arrays):
             continue
         values = {name: value_of(constants[name], arrays) for name in node.input}
         (value,) = onnx.reference.ReferenceEvaluator(node, opsets=opsets).run(None, values)
-        constants[node.output[0]] = initializer(node.output[0], value, arrays)
+        constants[node.output[0]] = initializer(node.output[0], np.asarray(value), arrays)
         proto.graph.initializer.append(constants[node.output[0]])
         proto.graph.node.remove(node)
 

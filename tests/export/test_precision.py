@@ -57,8 +57,17 @@ def dtypes(path):
     return {onnx.helper.tensor_dtype_to_np_dtype(kind).name for kind in types} - {"int32", "int64", "bool"}
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("build", [convolutional, dense, recurrent, attention, nested])
+@pytest.mark.parametrize(
+    "build, fold",
+    [
+        (convolutional, True),
+        (convolutional, False),
+        (dense, True),
+        (recurrent, True),
+        (attention, False),
+        (nested, False),
+    ],
+)
 @pytest.mark.parametrize("policy", MIXED)
 def test_mixed_precision_becomes_a_float32_file(policy, build, fold, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
