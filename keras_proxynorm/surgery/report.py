@@ -67,7 +67,7 @@ class LayerReport(LayerEntry):
 
 
 _MEANINGS = {
-    "fused": "with the activation that followed, which vanished",
+    "fused": "with the activation that followed",
     "split": "into a layer with the activation that followed and one without",
     "plain": "without activation",
     LEFT_ALONE: "as they were",
@@ -102,7 +102,7 @@ class ReplacementReport(Report):
     norm   fused: relu  1       with relu
     <BLANKLINE>
     small: 1 of 1 normalization layers replaced by group_norm_proxy
-      fused              1  with the activation that followed, which vanished
+      fused              1  with the activation that followed
                          1  - relu
       groups          1 (1x)
       parameters      16 before, 16 after
