@@ -43,8 +43,8 @@ def normalize_and_activate(
         groups: Number of groups of channels that share their statistics, or None if `x` is ``y``.
         axis: Index of the channel axis, positive.
         epsilon: Float, added to the variance of the input.
-        mask: Optional boolean tensor of the shape of `x` or of its leading axes; positions where it is False do not
-            enter the statistics.
+        mask: Optional boolean tensor of the shape of `x`, or of its leading axes without the channel axis; positions
+            where it is False do not enter the statistics.
         form: One of `FORMS`: ``"keras"``, in operations of Keras alone; or what is fastest on a CPU for batch size 1,
             ``"tensorflow"`` in a graph of TensorFlow and ``"onnx"`` in what tf2onnx makes of one. With a mask it is the
             first.

@@ -49,8 +49,8 @@ def group_normalize_and_activate(
         axis: Index of the channel axis, positive.
         epsilon: Float, added to the variance of the input.
         proxy_epsilon: Float, added to the variance of the activation.
-        mask: Optional boolean tensor of the shape of `x` or of its leading axes. Where it is False the output is that
-            of the mean, whatever is in `x`.
+        mask: Optional boolean tensor of the shape of `x`, or of its leading axes without the channel axis. Where it is
+            False the output is that of the mean, whatever is in `x`.
 
     Returns:
         A tensor of the shape and dtype of `x`.
@@ -92,7 +92,7 @@ def group_normalize(
     pivot, distance, variance = group_moments(x, groups, axis, mask)
     if mask is not None:
         # Masked values have another scale than the others; float16 may not hold what normalization makes of them.
-        x = ops.where(expand_mask(mask, x), x, pivot + distance)
+        x = ops.where(expand_mask(mask, x, axis), x, pivot + distance)
     return normalize(x, pivot, distance, variance, gamma, beta, epsilon)
 
 

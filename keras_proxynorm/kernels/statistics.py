@@ -24,8 +24,8 @@ def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None)
         x: Float tensor of rank 2 or more; axis 0 is the batch.
         groups: Number of groups; it divides the number of channels.
         axis: Index of the channel axis, positive.
-        mask: Optional boolean tensor of the shape of `x` or of its leading axes. Positions where it is False do not
-            enter, whatever is in them; where a whole group is masked the result is 0, 0.
+        mask: Optional boolean tensor, as `expand_mask` takes it. Positions where it is False do not enter, whatever is
+            in them; where a whole group is masked the result is 0, 0.
 
     Returns:
         ``(pivot, distance, variance)``, tensors of the rank of `x` with its batch and channel sizes, and size 1
@@ -40,7 +40,7 @@ def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None)
     def sums(values):
         return channels.repeat(_group_sums(values, groups, axis), x, axis)
 
-    mask = expand_mask(mask, x)
+    mask = expand_mask(mask, x, axis)
     weights = ops.cast(mask, x.dtype) * ops.ones_like(x)
     counts = sums(weights)
     counts = ops.where(counts > 0, counts, ops.ones_like(counts))
@@ -107,15 +107,25 @@ def _sizes(x):
     return list(ops.shape(x)[1:])
 
 
-def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask of the leading axes of `x` as booleans that broadcast against it; a ValueError if it does not fit."""
-    sizes = zip(mask.shape, x.shape, strict=False)
-    if len(mask.shape) > len(x.shape) or any(None not in (a, b) and a not in (1, b) for a, b in sizes):
+def expand_mask(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A mask as booleans of the rank of `x`; a ValueError if it does not fit.
+
+    Args:
+        mask: Tensor of the shape of `x`, or of the leading ones of its axes other than the channel axis, as Keras makes
+            them: ``(batch, steps)``, wherever the channels are. Sizes of 1 broadcast.
+        x: Tensor of rank 2 or more; axis 0 is the batch.
+        axis: Index of the channel axis, positive.
+    """
+    rank, given = len(x.shape), len(mask.shape)
+    axes = list(range(rank)) if given == rank else [i for i in range(rank) if i != axis][:given]
+    sizes = [(mask.shape[i], x.shape[a]) for i, a in enumerate(axes)]
+    if given > rank or any(None not in (a, b) and a not in (1, b) for a, b in sizes):
         raise ValueError(
-            "Argument `mask` must have the shape of the inputs or of their leading axes. "
-            f"Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(x.shape)}"
+            "Argument `mask` must have the shape of the inputs, or of their leading axes without the channel axis, as "
+            f"(batch, steps) has. Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(x.shape)}, axis={axis}"
         )
     mask = ops.cast(mask, "bool")
-    for _ in range(len(x.shape) - len(mask.shape)):
-        mask = ops.expand_dims(mask, -1)
+    for a in range(rank):
+        if a not in axes:
+            mask = ops.expand_dims(mask, a)
     return mask

@@ -51,8 +51,10 @@ def test_definition(data, rank, groups, per_group, masked, offset):
     x = (offset + rng.standard_normal(shape)).astype("float32")
     mask = full_mask = None
     if masked != "no":
-        mask = rng.random(shape[: {"samples": 1, "steps": 2, "elements": rank}[masked]]) < 0.6
-        full_mask = np.broadcast_to(mask.reshape(mask.shape + (1,) * (rank - mask.ndim)), shape)
+        axes = list(range(rank)) if masked == "elements" else [0, *(i for i in range(1, rank) if i != axis)][:2]
+        axes = axes[:1] if masked == "samples" else axes
+        mask = rng.random([shape[i] for i in axes]) < 0.6
+        full_mask = np.broadcast_to(mask.reshape([shape[i] if i in axes else 1 for i in range(rank)]), shape)
     found = group_moments(*tensors(x), groups, axis, None if mask is None else tensors(mask)[0])
     expected = expected_moments(x, groups, axis, full_mask)
     atol = 1e-5 if offset == 0 else 2e-3  # the input itself is rounded to 5e-4 at 1e4
@@ -116,6 +118,9 @@ def test_gradients(groups, masked, order):
     check_gradients(scalar, x, order=order, rtol=1e-7)
 
 
-def test_mask_of_too_high_rank():
-    with pytest.raises(ValueError, match="`mask`"):
-        group_moments(*tensors(np.zeros((2, 3, 4), "float32")), 1, 2, *tensors(np.ones((2, 3, 4, 1), bool)))
+@pytest.mark.parametrize("shape, axis", [((2, 3, 4, 1), 2), ((2, 4), 2), ((2, 3), 1)])
+def test_masks_that_do_not_fit(shape, axis):
+    with pytest.raises(
+        ValueError, match="`mask` must have the shape of the inputs, or .*inputs.shape=\\(2, 3, 4\\), axis="
+    ):
+        group_moments(*tensors(np.zeros((2, 3, 4), "float32")), 1, axis, *tensors(np.ones(shape, bool)))
