@@ -74,8 +74,9 @@ class GroupNormProxy(ProxyNormalizationLayer):
         inputs: Float tensor of rank 2 or more, batch first; sizes other than that of the channel axis may be unknown.
             Integers are refused.
         mask: Optional boolean tensor of the shape of the inputs, or of their leading axes without the channel axis, as
-            Keras makes them: ``(batch, steps)``, wherever the channels are. Masked positions do not enter the statistics,
-            and whatever is in them reaches neither outputs nor gradients: they come out as the mean of the others would.
+            Keras makes them: ``(batch, steps)``, wherever the channels are. Masked positions do not enter the
+            statistics, and whatever is in them reaches neither outputs nor gradients: they come out as the mean of the
+            others would.
 
     Output:
         A tensor of the shape of the inputs in the layer's compute dtype. Statistics, affine, activation and moments are
