@@ -26,6 +26,7 @@ __all__ = [
     "optimized_graph",
     "own_mask",
     "own_variables",
+    "rematerialization_mode",
     "track_loss",
     "update_metrics",
     "uses_weight_decay",
@@ -199,3 +200,8 @@ def onnx_of_graph(graph, inputs: dict[str, str], outputs: dict[str, str], opset:
             tensors_to_rename={**inputs, **outputs},
         )
         return optimize_graph(converted).make_model("keras_proxynorm")
+
+
+def rematerialization_mode(operation: keras.Operation) -> str | None:
+    """The mode of the `keras.RematScope` that an operation was made within, or None."""
+    return operation._remat_mode and operation._remat_mode.mode

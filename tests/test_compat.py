@@ -293,3 +293,11 @@ def test_graphs_become_onnx():
     proto = compat.onnx_of_graph(graph, {"x:0": "input"}, {concrete.outputs[0].name: "output"}, 17, [rewrite])
     assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == ["input", "output"]
     assert [node.op_type for node in proto.graph.node] == ["Neg"] and "Neg" in seen
+
+
+@without_it("layers made within a keras.RematScope do not train")
+def test_rematerialization_mode():
+    with keras.RematScope(mode="activations"):
+        layer = Rematerialized()
+    assert compat.rematerialization_mode(layer) == "activations"
+    assert compat.rematerialization_mode(Rematerialized()) is None

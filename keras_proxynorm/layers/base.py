@@ -10,6 +10,7 @@ from keras import constraints, initializers, ops, regularizers
 
 from keras_proxynorm.arguments import argument_error, as_boolean, as_integer
 from keras_proxynorm.compat import own_variables
+from keras_proxynorm.layers.rematerialization import WithRematerialization
 from keras_proxynorm.moments import Tensor, computation_dtype
 
 __all__ = [
@@ -43,7 +44,7 @@ def values_per_group(shape: Shape, groups: int) -> int | None:
     return math.prod(sizes) // groups if len(sizes) == len(shape) - 1 else None
 
 
-class NormalizationLayer(keras.layers.Layer):
+class NormalizationLayer(WithRematerialization):
     """A layer with a channel axis, and the weights `gamma` and `beta` of each channel.
 
     Not meant to be used directly; subclasses have a `call`.
