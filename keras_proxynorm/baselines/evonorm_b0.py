@@ -7,7 +7,8 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.baselines.batch_statistics import channel_moments, merge, unbiased
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
@@ -23,7 +24,7 @@ class EvoNormB0(MovingStatisticsLayer):
         z = gamma_c x / max(sqrt(var_c + epsilon), v_c x + sqrt(var_nc + epsilon)) + beta_c
 
     with the variance ``var_c`` of a channel over the batch, in training, or its moving average, at inference; and the
-    unbiased variance ``var_nc`` of a channel in a sample, always.
+    variance ``var_nc`` of a channel in a sample, always.
 
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
@@ -32,6 +33,8 @@ class EvoNormB0(MovingStatisticsLayer):
         nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
             the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
+        unbiased: If True, variances of a sample are unbiased, as in the code of Lubana et al. Defaults to False, the
+            biased variances of Liu et al. A config without it, of version 0.1.0, means True.
         **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
@@ -66,11 +69,13 @@ class EvoNormB0(MovingStatisticsLayer):
         *,
         nonlinearity: bool = True,
         v_initializer: InitializerLike = "ones",
+        unbiased: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
         self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
+        self.unbiased = as_boolean("unbiased", unbiased)
         self.v: Any = None
 
     def build(self, input_shape: Shape) -> None:
@@ -95,7 +100,9 @@ class EvoNormB0(MovingStatisticsLayer):
     def _normalize(self, x, variance, of_channels, gamma, beta):
         axis = self._channel_axis(x.shape)
         if self.v is not None:
-            of_sample = unbiased(of_channels.variance, group_size(x, x.shape[axis], axis))
+            of_sample = of_channels.variance
+            if self.unbiased:
+                of_sample = as_unbiased(of_sample, group_size(x, x.shape[axis], axis))
             stddev, sample_stddev = (broadcast(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)
             x = x / ops.maximum(stddev, v * x + sample_stddev)
@@ -106,4 +113,9 @@ class EvoNormB0(MovingStatisticsLayer):
             **super().get_config(),
             "nonlinearity": self.nonlinearity,
             "v_initializer": keras.initializers.serialize(self.v_initializer),
+            "unbiased": self.unbiased,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return super().from_config({"unbiased": True, **config})

@@ -7,7 +7,8 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean, as_groups, as_nonnegative, check_divides_channels
-from keras_proxynorm.baselines.batch_statistics import channel_moments, merge, unbiased
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
@@ -22,7 +23,7 @@ class EvoNormS0(NormalizationLayer):
 
         z = gamma_c x sigmoid(v_c x) / sqrt(var_g + epsilon) + beta_c
 
-    with the unbiased variance over a group of channels and all positions of a sample. Nothing depends on the batch.
+    with the variance over a group of channels and all positions of a sample. Nothing depends on the batch.
 
     Args:
         groups: Integer that divides the number of channels, or -1 for one for each channel. Defaults to 32.
@@ -31,6 +32,8 @@ class EvoNormS0(NormalizationLayer):
         nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
             the authors' networks where no activation follows (quoted from memory). Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
+        unbiased: If True, variances of a sample are unbiased, as in the code of Lubana et al. Defaults to False, the
+            biased variances of Liu et al. A config without it, of version 0.1.0, means True.
         **kwargs: The arguments for `gamma` and `beta` of `keras_proxynorm.GroupNormProxy`; base layer arguments.
 
     Attributes:
@@ -63,6 +66,7 @@ class EvoNormS0(NormalizationLayer):
         *,
         nonlinearity: bool = True,
         v_initializer: InitializerLike = "ones",
+        unbiased: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(axis=axis, **kwargs)
@@ -70,6 +74,7 @@ class EvoNormS0(NormalizationLayer):
         self.epsilon = as_nonnegative("epsilon", epsilon)
         self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
+        self.unbiased = as_boolean("unbiased", unbiased)
         self.v: Any = None
 
     def build(self, input_shape: Shape) -> None:
@@ -94,7 +99,9 @@ class EvoNormS0(NormalizationLayer):
         if self.v is not None:
             groups = self._number_of_groups(x.shape)
             variance = merge(channel_moments(x, axis), groups, samples=1).variance
-            scale = ops.rsqrt(unbiased(variance, group_size(x, groups, axis)) + self.epsilon)
+            if self.unbiased:
+                variance = as_unbiased(variance, group_size(x, groups, axis))
+            scale = ops.rsqrt(variance + self.epsilon)
             x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * broadcast(scale, x, axis)
         return ops.cast(kernels.affine(x, gamma, beta), self.compute_dtype)
 
@@ -105,4 +112,9 @@ class EvoNormS0(NormalizationLayer):
             "epsilon": self.epsilon,
             "nonlinearity": self.nonlinearity,
             "v_initializer": keras.initializers.serialize(self.v_initializer),
+            "unbiased": self.unbiased,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return super().from_config({"unbiased": True, **config})

@@ -8,7 +8,7 @@ from keras_proxynorm.baselines import EvoNormB0
 
 
 def test_values_and_moving_average():
-    layer = built(lambda: EvoNormB0(momentum=0.75), (None, 3, 5, 8))
+    layer = built(lambda: EvoNormB0(unbiased=True, momentum=0.75), (None, 3, 5, 8))
     gamma, beta, v, variance = (
         numpy(getattr(layer, name).value).astype("float64") for name in ("gamma", "beta", "v", "moving_variance")
     )
@@ -32,3 +32,10 @@ def test_without_nonlinearity_it_is_scale_and_offset():
     expected = numpy(layer.gamma.value) * x + numpy(layer.beta.value)
     for training in (True, False):
         np.testing.assert_allclose(numpy(layer(*tensors(x), training=training)), expected, rtol=1e-6)
+
+
+def test_a_config_of_the_first_version_means_unbiased_variances():
+    config = EvoNormB0().get_config()
+    assert config.pop("unbiased") is False
+    assert EvoNormB0.from_config(config).unbiased
+    assert not EvoNormB0.from_config(EvoNormB0().get_config()).unbiased
