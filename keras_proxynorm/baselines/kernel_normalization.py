@@ -158,7 +158,7 @@ class ActivatedKernelNormalization(WithActivation, KernelNormalization):
     ) -> None:
         super().__init__(layer, **kwargs)
         self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
-        self._set_activation(activation)
+        self.activation = activation
 
     def _standard_moments(self, dtype):
         """Mean and variance of the activation of a standard normal."""

@@ -9,14 +9,15 @@ from keras import ops
 from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.compat import layers_inside
 from keras_proxynorm.folding.forms import FORMS, Constants, normalize_and_activate
+from keras_proxynorm.layers.activations import WithActivation
 from keras_proxynorm.layers.base import ActivationLike
-from keras_proxynorm.moments import computation_dtype, resolve_activation
+from keras_proxynorm.moments import computation_dtype
 
 __all__ = ["FoldedNormalization", "set_form"]
 
 
 @keras.saving.register_keras_serializable(package="keras_proxynorm")
-class FoldedNormalization(keras.layers.Layer):
+class FoldedNormalization(WithActivation, keras.layers.Layer):
     """``output_scale * activation(scale * y + offset) + output_offset`` of the normalized input ``y``, all constants.
 
     Made by `fold`, which sets its weights; they are not trainable. The layer is the inference form of
@@ -67,8 +68,7 @@ class FoldedNormalization(keras.layers.Layer):
         self.groups = groups
         self.axis = axis
         self.epsilon = epsilon
-        self.activation = keras.activations.get(activation)
-        self._elementwise = resolve_activation(activation)
+        self.activation = activation
         if not set(constants) <= set(Constants._fields):
             raise ValueError(
                 f"Argument `constants` must have names from {Constants._fields}. Received: constants={constants!r}"

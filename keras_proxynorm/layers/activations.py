@@ -41,10 +41,17 @@ class WithActivation:
     def activation(self, activation: Any) -> None:
         self._set_activation(activation)
 
-    # Constructors call this: on PyTorch a layer is a Module, and Modules are assigned past properties.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            # On PyTorch a layer is a Module, and Modules would be assigned past the property.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _set_activation(self, activation):
         elementwise = resolve_activation(activation)
-        self._activation = _saved_form(activation)
+        # Past Keras, which would keep every layer that was assigned, and takes none after `build`.
+        object.__setattr__(self, "_activation", _saved_form(activation))
         self._elementwise = elementwise
 
 

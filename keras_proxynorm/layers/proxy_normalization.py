@@ -43,7 +43,7 @@ class ProxyNormalizationLayer(WithActivation, NormalizationLayer):
     ) -> None:
         super().__init__(**kwargs)
         self.proxy: Any = None
-        self._set_activation(activation)
+        self.activation = activation
         self.proxy_epsilon = as_nonnegative("proxy_epsilon", proxy_epsilon)
         self.proxy_moments = as_choice("proxy_moments", proxy_moments, METHODS)
         self.num_quantiles = as_positive_integer("num_quantiles", num_quantiles)
