@@ -31,6 +31,7 @@ __all__ = [
     "update_metrics",
     "uses_weight_decay",
     "xla_optimization_barrier",
+    "xla_reduce_precision",
 ]
 
 
@@ -79,6 +80,13 @@ def xla_optimization_barrier(x):
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     return gen_xla_ops.xla_optimization_barrier(input=[x])[0]
+
+
+def xla_reduce_precision(x, exponent_bits: int, mantissa_bits: int):
+    """`x` rounded to a float of that many bits; TensorFlow, while it traces for XLA."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return gen_xla_ops.xla_reduce_precision(x, exponent_bits, mantissa_bits)
 
 
 def convert_variables_to_constants(concrete):

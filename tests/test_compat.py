@@ -140,6 +140,15 @@ def test_xla_sees_the_barrier():
 
 
 @tensorflow_only
+@without_it("under XLA the layers lose digits of large means")
+def test_xla_rounds():
+    import tensorflow as tf
+
+    function = tf.function(lambda x: compat.xla_reduce_precision(x, 8, 1), jit_compile=True)
+    np.testing.assert_array_equal(function(tf.constant([1.4, 2.5, -7])), [1.5, 2, -8])
+
+
+@tensorflow_only
 @without_it("the variables of exported models are not frozen into constants")
 def test_variables_become_constants():
     import tensorflow as tf

@@ -91,8 +91,9 @@ def group_normalize(
     """
     pivot, distance, variance = group_moments(x, groups, axis, mask)
     if mask is not None:
-        # Masked values have another scale than the others; float16 may not hold what normalization makes of them.
-        x = ops.where(expand_mask(mask, x, axis), x, pivot + distance)
+        # Masked values have another scale than the others; float16 may not hold what normalization makes of them. The
+        # mean stays in two parts, since in one it would be rounded.
+        x, pivot = ops.where(expand_mask(mask, x, axis), x - pivot, distance), ops.zeros_like(pivot)
     return normalize(x, pivot, distance, variance, gamma, beta, epsilon)
 
 

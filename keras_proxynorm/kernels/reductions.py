@@ -8,12 +8,15 @@ from keras import ops
 
 from keras_proxynorm.arguments import as_choice
 from keras_proxynorm.compat import is_compiled_by_xla
+from keras_proxynorm.kernels.compilation import barrier
 from keras_proxynorm.moments import Tensor
 
-__all__ = ["position_sums", "reduction", "reduction_method", "set_reduction"]
+__all__ = ["axis_sums", "position_sums", "reduction", "reduction_method", "set_reduction"]
 
 _METHODS = ("auto", "matmul", "pool", "sum")
-_LONGEST_SUM = 4096
+# How many values are summed at once: where they are added one by one; where XLA or PyTorch do it better; and at least,
+# where a long axis is divided. Of an axis of unknown size these are the pieces.
+_LONGEST_SEQUENCE, _LONGEST_SUM, _SHORTEST_SUM, _OPEN_PIECE = 256, 4096, 16, 1024
 _SMALLEST_POOLED, _USUAL_BATCH_SIZE = 2**20, 8
 
 _of_process = "auto"
@@ -89,23 +92,31 @@ def position_sums(x: Tensor, axis: int) -> Tensor:
     Returns:
         A tensor of the rank and dtype of `x`, with size 1 where it was summed.
     """
-    rank = len(x.shape)
-    axes = tuple(i for i in range(1, rank) if i != axis)
+    axes, shape = [i for i in range(1, len(x.shape)) if i != axis], x.shape
     if not axes:
         return x
     method = reduction_method(x)
-    if None in x.shape[1:] or method == "sum":
-        for chunk in _chunks(axes, x.shape):
-            x = ops.sum(x, axis=chunk, keepdims=True)
+    if None in shape[1:] or method == "sum":
+        for chunk in _chunks(axes, shape, _longest_sum()):
+            # Of two sums in a row XLA makes one.
+            x = axis_sums(x, *chunk) if len(chunk) == 1 else barrier(ops.sum(x, axis=chunk, keepdims=True))
         return x
-    shape, batch = x.shape, -1 if x.shape[0] is None else x.shape[0]
-    before, after = ([i for i in axes if i < axis], [i for i in axes if i > axis])
-    for chunk in _chunks(after, shape):
-        length = math.prod(shape[i] for i in chunk)
+    for i in axes:
+        if _factors(shape[i], _LONGEST_SEQUENCE) is None:
+            start, rest = _start_and_rest(x, i)
+            return position_sums(start, axis) + position_sums(rest, axis)
+    batch = -1 if shape[0] is None else shape[0]
+    before, after = (
+        [n for i in group for n in _factors(shape[i], _LONGEST_SEQUENCE)]
+        for group in (range(1, axis), axes[axis - 1 :])
+    )
+    for chunk in _chunks(range(len(after)), after, _LONGEST_SEQUENCE):
+        length = math.prod(after[i] for i in chunk)
         x = ops.matmul(ops.reshape(x, (-1, length)), ops.ones((length, 1), x.dtype))
     # XLA makes a slow loop of a product for one sample alone; its rows are several.
-    for chunk in _chunks(before, shape, 1 if method == "matmul" and batch == 1 else _LONGEST_SUM):
-        length = math.prod(shape[i] for i in chunk)
+    longest = 1 if method == "matmul" and batch == 1 else _LONGEST_SEQUENCE
+    for chunk in _chunks(range(len(before)), before, longest):
+        length = math.prod(before[i] for i in chunk)
         if method == "pool":
             x = ops.reshape(x, (-1, length, 1, shape[axis]))
             x = ops.average_pool(x, (length, 1), (length, 1), data_format="channels_last")
@@ -113,11 +124,51 @@ def position_sums(x: Tensor, axis: int) -> Tensor:
             x = ops.reshape(x, (-1, length, shape[axis]))
             # As many rows of ones as samples: XLA makes a slow loop of a product with one row for all.
             x = ops.matmul(ops.ones((ops.shape(x)[0], 1, length), x.dtype), x)
-    x = ops.reshape(x, (batch, *(shape[i] if i == axis else 1 for i in range(1, rank))))
-    return x * math.prod(shape[i] for i in before) if method == "pool" else x
+    x = ops.reshape(x, (batch, *(size if i == axis else 1 for i, size in enumerate(shape[1:], 1))))
+    return x * math.prod(before) if method == "pool" else x
 
 
-def _chunks(axes, shape, longest=_LONGEST_SUM):
+def axis_sums(x: Tensor, axis: int) -> Tensor:
+    """Sums along one axis of any length, with size 1 there: first of pieces, because long sums lose digits."""
+    size = x.shape[axis]
+    factors = (-1, _OPEN_PIECE) if size is None else _factors(size, _longest_sum())
+    if factors is None:
+        start, rest = _start_and_rest(x, axis)
+        return axis_sums(start, axis) + axis_sums(rest, axis)
+    if size is None:
+        x, rest = _start_and_rest(x, axis)
+    if len(factors) > 1:
+        sizes = ops.shape(x)
+        x = ops.reshape(x, (*sizes[:axis], *factors, *sizes[axis + 1 :]))
+        for i in range(axis + len(factors) - 1, axis, -1):
+            x = barrier(ops.sum(x, axis=i))
+    x = barrier(ops.sum(x, axis=axis, keepdims=True))
+    return x + ops.sum(rest, axis=axis, keepdims=True) if size is None else x
+
+
+def _longest_sum():
+    in_sequence = keras.backend.backend() == "tensorflow" and not is_compiled_by_xla()
+    return _LONGEST_SEQUENCE if in_sequence else _LONGEST_SUM
+
+
+def _factors(size, longest):
+    """Lengths of sums, one after the other, that make up a known size; None if it has no suitable divisors."""
+    if size <= longest:
+        return [size]
+    divisor = next((n for n in range(longest, _SHORTEST_SUM - 1, -1) if size % n == 0), None)
+    others = divisor and _factors(size // divisor, longest)
+    return others and [*others, divisor]
+
+
+def _start_and_rest(x, axis):
+    """Two parts of an axis, of which the first consists of whole pieces: if the size is known, `_factors` has them."""
+    size = ops.shape(x)[axis]
+    piece = _OPEN_PIECE if x.shape[axis] is None else _LONGEST_SEQUENCE ** int(math.log(size, _LONGEST_SEQUENCE))
+    before, whole = (slice(None),) * axis, size // piece * piece
+    return x[(*before, slice(None, whole))], x[(*before, slice(whole, None))]
+
+
+def _chunks(axes, shape, longest):
     """Axes to sum over together, the last ones first: long sums are less exact, and many short ones are slow."""
     chunks: list[tuple[int, ...]] = []
     length = math.inf

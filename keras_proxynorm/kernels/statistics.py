@@ -10,11 +10,13 @@ import math
 from keras import ops
 
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.kernels.compilation import barrier
-from keras_proxynorm.kernels.reductions import position_sums
+from keras_proxynorm.kernels.compilation import barrier, rounded
+from keras_proxynorm.kernels.reductions import axis_sums, position_sums
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["expand_mask", "group_moments", "group_pivot", "group_size", "moments_about_pivot"]
+
+_PIVOT_DIVISOR = 16
 
 
 def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +47,7 @@ def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None)
     counts = sums(weights)
     counts = ops.where(counts > 0, counts, ops.ones_like(counts))
     # Replaced, not multiplied away: a masked infinity times 0 would be NaN, here or in the gradient.
-    pivot = ops.stop_gradient(sums(ops.where(mask, x, ops.zeros_like(x))) / counts)
+    pivot = rounded(ops.stop_gradient(sums(ops.where(mask, x, ops.zeros_like(x))) / counts))
     centered = ops.where(mask, x, pivot) - pivot
     distance = sums(weights * centered) / counts
     deviations = weights * (centered - distance)
@@ -53,28 +55,22 @@ def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None)
 
 
 def group_pivot(x: Tensor, groups: int, axis: int) -> Tensor:
-    """A constant close to the mean of each group: the median of the elements at 1/4, 1/2 and 3/4 of each axis.
+    """A constant close to the mean of each group: the mean of about a sixteenth of the positions.
 
-    Not at the corners, which are padding more often than other pixels. Not one element, which may be far out: the
-    larger the distance to the mean is in standard deviations, the more digits the variance loses. And not a mean of
-    several, which a compiler may round in one place and not in another.
+    The variance loses the more digits the further the pivot is from the mean, in standard deviations. The mean of a
+    share of the values is at most ``1 / sqrt(share)`` away, whatever these are; a single value may be anywhere.
     """
-    per_group = x.shape[axis] // groups
-
-    def elements(choose):
-        pixel, members = [slice(None)], [slice(None)] * len(x.shape)
-        for size in _sizes(x):
-            index = choose(size)
-            pixel.append(slice(index, index + 1))
-        pixel[axis] = slice(None)
-        members[axis] = slice(choose(per_group), None, per_group)
-        # A barrier, so that the input keeps its own layout.
-        return barrier(x[tuple(pixel)])[tuple(members)]
-
-    a, b, c = elements(lambda size: size // 4), elements(lambda size: size // 2), elements(lambda size: 3 * size // 4)
-    median = ops.maximum(ops.minimum(a, b), ops.minimum(ops.maximum(a, b), c))
-    pivot = channels.by_groups(median, groups, axis)
-    return ops.stop_gradient(channels.repeat(pivot, x, axis))
+    share, divisor = [slice(None)] * len(x.shape), _PIVOT_DIVISOR
+    for i, size in enumerate(ops.shape(x)):
+        if i not in (0, axis) and divisor > 1:
+            # One block, which is faster to cut out than many, from the middle, because borders are often padding.
+            length = size // divisor + 1
+            share[i] = slice(size // 2, size // 2 + length)
+            divisor = 1 if x.shape[i] is None else divisor * length // max(size, 1)
+    # A barrier, so that the input keeps its own layout.
+    chosen = barrier(x[tuple(share)])
+    pivot = _group_sums(chosen, groups, axis) / group_size(chosen, groups, axis)
+    return channels.repeat(rounded(ops.stop_gradient(pivot)), x, axis)
 
 
 def moments_about_pivot(centered: Tensor, groups: int, axis: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +92,7 @@ def _group_sums(x, groups, axis):
     """Sums over the positions and the channels of each group, of shape ``(batch, groups, 1)``."""
     # Of two sums in a row XLA makes one. On a TPU that wants a layout that suits no other sum, and copies the input.
     sums = channels.by_groups(barrier(position_sums(x, axis)), groups, axis)
-    return ops.sum(sums, axis=2, keepdims=True)
+    return axis_sums(sums, 2)
 
 
 def _sizes(x):
