@@ -4,7 +4,7 @@ Each function has a test that says what broke if a new version moves the name.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -14,6 +14,7 @@ __all__ = [
     "convert_arguments_like",
     "convert_variables_to_constants",
     "copy_rematerialization",
+    "exclude_further_from_weight_decay",
     "excludes_from_weight_decay",
     "frozen_graph",
     "functional_class",
@@ -29,7 +30,6 @@ __all__ = [
     "rematerialization_mode",
     "track_loss",
     "update_metrics",
-    "uses_weight_decay",
     "xla_optimization_barrier",
     "xla_reduce_precision",
 ]
@@ -60,9 +60,14 @@ def layers_inside(layer: keras.layers.Layer, include_self: bool = True) -> list[
     return list(layer._flatten_layers(include_self=include_self))
 
 
-def uses_weight_decay(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
-    """Whether an optimizer lets a variable decay."""
-    return bool(optimizer._use_weight_decay(variable))
+def exclude_further_from_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
+) -> None:
+    """Excludes variables from the weight decay of an optimizer; what was excluded before stays so."""
+    # The public method replaces all that was excluded, and patterns cannot be read from it.
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", set())
+    optimizer._exclude_from_weight_decay = excluded | {optimizer._var_key(variable) for variable in variables}
+    optimizer._exclude_from_weight_decay_cache = {}
 
 
 def is_compiled_by_xla() -> bool:

@@ -93,11 +93,17 @@ def decaying():
     return keras.optimizers.AdamW(weight_decay=0.1), dense.kernel, dense.bias
 
 
-@without_it("exclude_norm_from_weight_decay forgets what was excluded before")
-def test_excluded_variables_do_not_decay():
+@without_it("exclude_norm_from_weight_decay forgets what was excluded before, or excludes nothing")
+@pytest.mark.parametrize("how", ["var_list", "var_names"])
+def test_exclusions_from_weight_decay_add_up(how):
     optimizer, kernel, bias = decaying()
-    optimizer.exclude_from_weight_decay(var_list=[bias])
-    assert compat.uses_weight_decay(optimizer, kernel) and not compat.uses_weight_decay(optimizer, bias)
+    other, last = (keras.Variable(1.0) for _ in range(2))
+    optimizer.exclude_from_weight_decay(**{how: [bias if how == "var_list" else "bias"]})
+    optimizer.build([kernel, bias, other, last])
+    for variable in (other, last):
+        assert optimizer._use_weight_decay(variable)
+        compat.exclude_further_from_weight_decay(optimizer, [variable])
+    assert [optimizer._use_weight_decay(v) for v in (kernel, bias, other, last)] == [True, False, False, False]
 
 
 @without_it("surgery does not warn that exclusions from weight decay are lost with the optimizer")

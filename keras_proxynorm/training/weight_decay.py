@@ -6,7 +6,7 @@ import warnings
 import keras
 
 from keras_proxynorm.arguments import argument_error, check_built_model
-from keras_proxynorm.compat import uses_weight_decay
+from keras_proxynorm.compat import exclude_further_from_weight_decay, layers_inside, own_variables
 
 __all__ = ["exclude_norm_from_weight_decay"]
 
@@ -14,11 +14,15 @@ __all__ = ["exclude_norm_from_weight_decay"]
 def exclude_norm_from_weight_decay(
     optimizer: keras.optimizers.Optimizer, model: keras.Model
 ) -> keras.optimizers.Optimizer:
-    """Excludes every `gamma` and `beta` of a model from an optimizer's weight decay, and nothing else.
+    """Excludes gamma and beta of the normalization layers of a model from weight decay, and nothing else.
 
-    This is the rule of the paper: proxies decay as kernels do, gamma and beta do not decay. It covers the normalization
-    layers of Keras too: all weights named exactly ``gamma`` or ``beta``. Weights that the optimizer excludes already
-    stay excluded.
+    This is the rule of the paper: proxies decay as kernels do, gamma and beta do not decay. It covers all weights named
+    exactly ``gamma`` or ``beta``, which are those of the normalization layers of Keras too, and the ``scale`` of
+    `keras.layers.RMSNormalization` and of other layers whose class has "norm" in its name, such as those of KerasHub.
+
+    Exclusions add up: for an optimizer of several models, call this once for each, in any order. What was excluded by
+    the optimizer's own `exclude_from_weight_decay` before stays excluded. Called afterwards, that method of Keras
+    forgets all exclusions but its own: call this function again then.
 
     `keras.optimizers.Muon` treats every matrix as a kernel, including the proxies. Make it with
     ``Muon(exclude_layers=["proxy"])``: proxies then get its AdamW step and `adam_weight_decay`. (This is a regular
@@ -63,10 +67,7 @@ def exclude_norm_from_weight_decay(
     while isinstance(inner, keras.optimizers.LossScaleOptimizer):
         inner = inner.inner_optimizer
     weights = model.weights  # with those of frozen layers, which may thaw
-    # Asking first keeps what was excluded before: exclude_from_weight_decay replaces its lists.
-    inner.exclude_from_weight_decay(
-        var_list=[w for w in weights if w.name in ("gamma", "beta") or not uses_weight_decay(inner, w)]
-    )
+    exclude_further_from_weight_decay(inner, [*(w for w in weights if w.name in ("gamma", "beta")), *_scales(model)])
     proxies = [weight for weight in weights if weight.name == "proxy"]
     if isinstance(inner, keras.optimizers.Muon) and not all(
         any(re.search(pattern, proxy.path) for pattern in inner.exclude_layers) for proxy in proxies
@@ -77,3 +78,14 @@ def exclude_norm_from_weight_decay(
             stacklevel=2,
         )
     return optimizer
+
+
+def _scales(model):
+    """The gammas that are called "scale": of RMS normalization."""
+    return [
+        weight
+        for layer in layers_inside(model)
+        if isinstance(layer, keras.layers.RMSNormalization) or "norm" in type(layer).__name__.lower()
+        for weight in own_variables(layer)
+        if weight.name == "scale"
+    ]

@@ -13,7 +13,7 @@ def make_model():
     x = keras.layers.Conv2D(8, 3, name="convolution")(inputs)
     x = kp.GroupNormProxy(4, name="ours")(x)
     x = keras.layers.BatchNormalization(name="batch")(x)
-    block = keras.Sequential([keras.layers.Dense(8), kp.LayerNormProxy(name="nested")], name="block")
+    block = keras.Sequential([keras.layers.Dense(8, name="dense"), kp.LayerNormProxy(name="nested")], name="block")
     x = keras.layers.GlobalAveragePooling2D()(block(x))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
     for weight in model.trainable_weights:
@@ -68,6 +68,73 @@ def test_earlier_exclusions_stay():
     optimizer.exclude_from_weight_decay(var_list=[model.get_layer("head").kernel], var_names=["bias"])
     kp.exclude_norm_from_weight_decay(optimizer, model)
     assert decayed(model, optimizer) == kernels_and_proxies(model, biases=False) - {"head/kernel"}
+
+
+def excluded(optimizer, model):
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return {w.path.removeprefix(model.name + "/") for w in model.weights if not inner._use_weight_decay(w)}
+
+
+def gammas_and_betas(model):
+    names = ("gamma", "beta", "scale")
+    return {w.path.removeprefix(model.name + "/") for w in model.weights if w.name in names}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_exclusions_add_up_over_models_and_calls(optimizer):
+    first, second, optimizer = make_model(), make_model(), OPTIMIZERS[optimizer]()
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner.exclude_from_weight_decay(var_list=[first.get_layer("head").kernel], var_names=["bias"])
+    for model in (first, second, first):
+        kp.exclude_norm_from_weight_decay(optimizer, model)
+    biases = {"convolution/bias", "block/dense/bias", "head/bias"}
+    assert excluded(optimizer, first) == gammas_and_betas(first) | biases | {"head/kernel"}
+    assert excluded(optimizer, second) == gammas_and_betas(second) | biases
+
+
+def test_exclusions_of_keras_afterwards_replace_ours_until_the_next_call():
+    model, optimizer = make_model(), OPTIMIZERS["adamw"]()
+    kp.exclude_norm_from_weight_decay(optimizer, model)
+    optimizer.exclude_from_weight_decay(var_list=[model.get_layer("head").kernel])
+    assert excluded(optimizer, model) == {"head/kernel"}
+    kp.exclude_norm_from_weight_decay(optimizer, model)
+    assert excluded(optimizer, model) == {"head/kernel"} | gammas_and_betas(model)
+
+
+class LlamaLayerNorm(keras.layers.Layer):
+    """As those of KerasHub, no subclass of a layer of Keras."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x):
+        return x * self.scale
+
+
+class Temperature(LlamaLayerNorm):
+    """A scale that belongs to no normalization, whatever it inherits."""
+
+
+@keras.saving.register_keras_serializable("test_weight_decay")
+class Rms(keras.layers.RMSNormalization):
+    """A subclass with a name of its own."""
+
+
+def test_every_normalization_in_every_wrapper():
+    shared = keras.layers.LayerNormalization(name="shared")
+    inputs = keras.Input((5, 8))
+    x = keras.layers.TimeDistributed(keras.layers.RMSNormalization(name="rms"), name="time")(inputs)
+    x = Rms(name="subclass")(LlamaLayerNorm(name="hub")(x))
+    x = shared(keras.layers.GroupNormalization(2, name="group")(shared(x)))
+    x = keras.layers.UnitNormalization()(x)
+    x = keras.layers.SpectralNormalization(keras.layers.Dense(8, name="inner"), name="spectral")(x)
+    cell = keras.layers.RNN(keras.layers.StackedRNNCells([keras.layers.GRUCell(4)]), return_sequences=True)
+    x = keras.layers.Bidirectional(cell)(x)
+    x = keras.Sequential([keras.layers.BatchNormalization(name="batch")], name="block")(x)
+    model = keras.Model(inputs, Temperature(name="temperature")(x))
+    optimizer = kp.exclude_norm_from_weight_decay(OPTIMIZERS["adamw"](), model)
+    assert excluded(optimizer, model) == gammas_and_betas(model) - {"temperature/scale"}
+    assert sum(path.endswith("scale") for path in excluded(optimizer, model)) == 3
 
 
 def test_frozen_layers_stay_excluded_when_they_thaw():
