@@ -9,9 +9,10 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import argument_error, as_boolean, as_positive_integer
-from keras_proxynorm.baselines.batch_statistics import Moments, channel_moments, merge, normalize
+from keras_proxynorm.baselines.batch_statistics import Moments, batch_count, channel_moments, merge, normalize
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
 from keras_proxynorm.kernels.channels import broadcast
+from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.layers.base import Shape
 
 __all__ = ["BatchGroupNormalization"]
@@ -46,7 +47,8 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         moving_mean, moving_variance: Weights of shape ``(groups,)``.
 
     Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
-    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
+    statistics of the batch and to move the averages, which a frozen layer never does. Masked positions do not
+    enter the statistics.
 
     Example:
 
@@ -100,15 +102,15 @@ class BatchGroupNormalization(MovingStatisticsLayer):
             return
         raise argument_error("groups", self.groups, expected, f"inputs.shape={tuple(input_shape)}")
 
-    def _normalize_batch(self, x, gamma, beta):
-        moments = self._batch_moments(x)
-        self._move(moments.mean[0], moments.variance[0])
+    def _normalize_batch(self, x, gamma, beta, mask):
+        moments = self._batch_moments(x, mask)
+        self._move(moments.mean[0], moments.variance[0], batch_count(x, self._channel_axis(x.shape), moments))
         return self._normalize(x, moments, gamma, beta)
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         if self.use_moving_statistics:
             return self._normalize(x, Moments.of_vectors(*self._moving(x.dtype)), gamma, beta)
-        return self._normalize(x, self._batch_moments(x), gamma, beta)
+        return self._normalize(x, self._batch_moments(x, mask), gamma, beta)
 
     def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:
         channels = self.input_spec.axes[self.axis % self.input_spec.ndim]
@@ -120,19 +122,22 @@ class BatchGroupNormalization(MovingStatisticsLayer):
         )
         return affine_at_inference(self, mean, variance, self.epsilon)
 
-    def _batch_moments(self, x):
+    def _batch_moments(self, x, mask):
         """The moments of each group, of shape ``(1, groups)``."""
-        if not self._groups_channels(x.shape):
-            return merge(channel_moments(self._by_features(x), axis=1))
         axis = self._channel_axis(x.shape)
-        of_channels = merge(channel_moments(x, axis), self.groups)
-        return Moments(*(moment[:, :: x.shape[axis] // self.groups] for moment in of_channels))
+        if not self._groups_channels(x.shape):
+            if mask is not None:
+                mask = self._by_features(ops.logical_and(expand_mask(mask, x, axis), ops.ones_like(x, dtype="bool")))
+            return merge(channel_moments(self._by_features(x), 1, mask))
+        of_channels = merge(channel_moments(x, axis, mask), self.groups)
+        one_of_each = slice(None, None, x.shape[axis] // self.groups)
+        return Moments(*(None if tensor is None else tensor[:, one_of_each] for tensor in of_channels))
 
     def _normalize(self, x, moments, gamma, beta):
         axis = self._channel_axis(x.shape)
         if self._groups_channels(x.shape):
             # Group statistics for each channel, and no copy of the input in another layout.
-            moments = Moments(*(ops.repeat(moment, x.shape[axis] // self.groups, axis=1) for moment in moments))
+            moments = Moments(*(ops.repeat(moment, x.shape[axis] // self.groups, axis=1) for moment in moments[:3]))
             return normalize(x, moments, axis, self.epsilon, gamma, beta)
         parts = normalize(self._by_features(x), moments, 1, self.epsilon)
         sizes = [size for i, size in enumerate(x.shape) if i not in (0, axis)]

@@ -5,13 +5,15 @@ pivot and the distance to it, so that large means keep their digits; variances a
 of the variances and the variance of the means.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.kernels import channels
-from keras_proxynorm.kernels.statistics import group_moments, group_size
+from keras_proxynorm.kernels.compilation import rounded
+from keras_proxynorm.kernels.reductions import position_sums
+from keras_proxynorm.kernels.statistics import expand_mask, group_moments, group_size
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "unbiased"]
@@ -24,11 +26,13 @@ class Moments(NamedTuple):
         pivot: A constant for gradients, close to the mean.
         distance: The mean minus the pivot.
         variance: The biased variance.
+        count: How many values they are of, where a mask leaves some out; else None.
     """
 
     pivot: Tensor
     distance: Tensor
     variance: Tensor
+    count: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -49,23 +53,29 @@ def normalize(
 
     `gamma` and `beta` are vectors of the channels, or values of each sample and channel, or None for 1 and 0.
     """
-    pivot, distance, variance, gamma, beta = (channels.broadcast(v, x, axis) for v in (*moments, gamma, beta))
+    vectors = (*moments[:3], gamma, beta)
+    pivot, distance, variance, gamma, beta = (channels.broadcast(vector, x, axis) for vector in vectors)
     return kernels.normalize(x, pivot, distance, variance, gamma, beta, epsilon)
 
 
-def channel_moments(x: Tensor, axis: int) -> Moments:
+def channel_moments(x: Tensor, axis: int, mask: Tensor | None = None) -> Moments:
     """Moments over the positions of each sample and channel.
 
     Args:
         x: Float tensor of rank 2 or more; axis 0 is the batch.
         axis: Index of the channel axis, positive.
+        mask: Optional boolean tensor, as `expand_mask` takes it. Where it is False, positions do not enter.
     """
     size = x.shape[axis]
-    return Moments(*(ops.reshape(moment, (-1, size)) for moment in group_moments(x, size, axis)))
+    tensors = group_moments(x, size, axis, mask)
+    if mask is not None:
+        counted = ops.cast(expand_mask(mask, x, axis), x.dtype) * ops.ones_like(x)
+        tensors = (*tensors, position_sums(counted, axis))
+    return Moments(*(ops.reshape(tensor, (-1, size)) for tensor in tensors))
 
 
 def merge(moments: Moments, groups: int | None = None, samples: int | None = None) -> Moments:
-    """Moments over blocks of consecutive samples and channels, whose members have equally many values.
+    """Moments over blocks of consecutive samples and channels.
 
     Args:
         moments: Those of each sample and channel.
@@ -76,21 +86,29 @@ def merge(moments: Moments, groups: int | None = None, samples: int | None = Non
         Moments, for each channel again; for each sample again, unless a block has all of them.
     """
 
-    def average(values):
+    def totals(values):
         if groups is not None and groups != values.shape[1]:
-            values = _average_channels(values, groups)
+            values = _channel_sums(values, groups)
         if samples == 1:
             return values
-        return _average_batch(values) if samples is None else _average_samples(values, samples)
+        return ops.sum(values, axis=0, keepdims=True) if samples is None else _sample_sums(values, samples)
 
-    pivot = average(moments.pivot)
+    weights = ops.ones_like(moments.variance) if moments.count is None else moments.count
+    count = totals(weights)
+
+    def average(values):
+        # Nothing of nothing is 0. Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
+        return totals(weights * values) / ops.maximum(count, 1)
+
+    pivot = rounded(average(moments.pivot))
     # Close to each other, so their difference is exact.
     means = (moments.pivot - pivot) + moments.distance
     distance = average(means)
-    return Moments(pivot, distance, average(moments.variance) + average(ops.square(means - distance)))
+    variance = average(moments.variance) + average(ops.square(means - distance))
+    return Moments(pivot, distance, variance, None if moments.count is None else count)
 
 
-def mix(first: Moments, second: Moments, weight: float) -> Moments:
+def mix(first: Moments, second: Moments, weight: Any) -> Moments:
     """Moments of a mixture: of values that are from `second` with the probability `weight`, and else from `first`.
 
     That is a weighted average of raw moments, ``E[x]`` and ``E[x^2]``, whatever the variances.
@@ -101,8 +119,10 @@ def mix(first: Moments, second: Moments, weight: float) -> Moments:
     return Moments(first.pivot + ops.zeros_like(apart), first.distance + weight * apart, variance)
 
 
-def batch_count(x: Tensor, axis: int) -> Tensor:
-    """How many values of a channel there are in a batch, as a tensor of the dtype of `x`."""
+def batch_count(x: Tensor, axis: int, moments: Moments) -> Tensor:
+    """How many values of a batch the moments of each channel are of, as a tensor that broadcasts against them."""
+    if moments.count is not None:
+        return moments.count
     return ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, x.shape[axis], axis)
 
 
@@ -111,21 +131,14 @@ def unbiased(variance: Tensor, count: Tensor) -> Tensor:
     return variance * (count / ops.maximum(ops.cast(count, variance.dtype) - 1, 1))
 
 
-# Not ops.mean, which computes in float32 outside TensorFlow, for float64 too.
-def _average_batch(values):
-    return ops.sum(values, axis=0, keepdims=True) / ops.maximum(ops.cast(ops.shape(values)[0], values.dtype), 1)
-
-
-def _average_channels(values, groups):
+def _channel_sums(values, groups):
     values = channels.by_groups(values, groups, axis=1)
-    per_group = values.shape[2]
-    values = ops.sum(values, axis=2, keepdims=True) / per_group
-    return ops.reshape(ops.tile(values, (1, 1, per_group)), (-1, groups * per_group))
+    sums = ops.sum(values, axis=2, keepdims=True)
+    return ops.reshape(ops.tile(sums, (1, 1, values.shape[2])), (-1, groups * values.shape[2]))
 
 
-def _average_samples(values, per_block):
+def _sample_sums(values, per_block):
     size = ops.shape(values)[0]
     blocks = ops.arange(size) // per_block
     # As many segments as samples are enough for any size of a block; those that are not used are never read.
-    sums, counts = (ops.segment_sum(x, blocks, num_segments=size) for x in (values, ops.ones_like(values[:, :1])))
-    return ops.take(sums / ops.maximum(counts, 1), blocks, axis=0)
+    return ops.take(ops.segment_sum(values, blocks, num_segments=size), blocks, axis=0)

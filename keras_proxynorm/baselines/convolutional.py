@@ -253,6 +253,13 @@ class ConvolutionalNormalization(KernelNormalization):
             ops.cast(kernel, compute_dtype),
             data_format=self.layer.data_format,
         )
+        if outputs.shape[0] == 0:
+            # TensorFlow makes of an empty batch one of the sizes of the input.
+            sizes = {
+                axis: inputs.shape[axis] + k - 1
+                for axis, k in zip(self._positions, self.layer.kernel_size, strict=True)
+            }
+            outputs = outputs[tuple(slice(sizes.get(axis)) for axis in range(len(outputs.shape)))]
         if self.axis == 1:
             inverse_gain = ops.moveaxis(inverse_gain, -1, 0)
         return filter_frequencies(ops.cast(outputs, dtype), inverse_gain, self._positions)

@@ -175,10 +175,11 @@ class CrossIterationBatchNormalization(KernelNormalization):
     def _moments_in_training(self, inputs, x, kernel):
         """Pivot, distance and variance of the window, as vectors, with the state moved on by an iteration."""
         axis = self.axis % len(x.shape)
-        pivot, distance, variance = (moment[0] for moment in merge(channel_moments(x, axis)))
-        mean = pivot + distance
-        move(self.moving_mean, mean, self.momentum)
-        move(self.moving_variance, unbiased(variance, batch_count(x, axis)), self.momentum)
+        moments = merge(channel_moments(x, axis))
+        pivot, distance, variance = (moment[0] for moment in moments[:3])
+        mean, count = pivot + distance, batch_count(x, axis, moments)
+        move(self.moving_mean, mean, self.momentum, count)
+        move(self.moving_variance, unbiased(variance, count), self.momentum, count)
         if self.window > 1:
             kernel = ops.stop_gradient(ops.reshape(kernel, (-1, self._groups, self.channels // self._groups)))
             centered = x - broadcast(pivot, x, axis) - broadcast(distance, x, axis)
@@ -186,8 +187,8 @@ class CrossIterationBatchNormalization(KernelNormalization):
             past_means, past_variances = self._past_moments(kernel)
             distance, variance = self._average(past_means - pivot, past_variances, distance, variance)
             # Last, because on PyTorch what has been read from a weight changes with it.
-            self._remember(present, inputs, centered, kernel)
-        self.iterations.assign(self.iterations + 1)
+            self._remember(present, inputs, centered, kernel, count > 0)
+        self.iterations.assign(self.iterations + ops.cast(count > 0, "int32"))
         return pivot, distance, variance
 
     def _past_moments(self, kernel):
@@ -205,7 +206,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         products = (ops.sum(derivative * kernel, axis=1) for derivative in derivatives)
         return ops.stack([ops.reshape(product, (-1, self.channels)) for product in products], axis=1)
 
-    def _remember(self, moments, inputs, centered, kernel):
+    def _remember(self, moments, inputs, centered, kernel, is_any):
         present = [ops.expand_dims(moments, 0)]
         if self.compensation:
             inputs, centered = (ops.stop_gradient(ops.moveaxis(tensor, self.axis, -1)) for tensor in (inputs, centered))
@@ -215,7 +216,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
             derivatives = [ops.expand_dims(derivative, 0) for derivative in both]
             present += [self._products(derivatives, kernel), *derivatives]
         for weight, value in zip(self._history, present, strict=True):
-            weight.assign(ops.concatenate([ops.stop_gradient(value), weight[:-1]]))
+            weight.assign(ops.where(is_any, ops.concatenate([ops.stop_gradient(value), weight[:-1]]), weight))
 
     def _average(self, past_distances, past_variances, distance, variance):
         # The youngest come first. What is older than the end of `burn_in` is there, and has the weight 0.

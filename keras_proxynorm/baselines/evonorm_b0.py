@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import batch_count, channel_moments, merge
 from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
@@ -43,7 +43,8 @@ class EvoNormB0(MovingStatisticsLayer):
         moving_variance: Weight of shape ``(channels,)``, of biased variances.
 
     Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
-    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
+    statistics of the batch and to move the averages, which a frozen layer never does. Masked positions do not
+    enter the statistics.
 
     Example:
 
@@ -83,26 +84,28 @@ class EvoNormB0(MovingStatisticsLayer):
         if self.nonlinearity:
             self.v = self._add_parameter("v", self._channels(input_shape))
 
-    def _normalize_batch(self, x, gamma, beta):
+    def _normalize_batch(self, x, gamma, beta, mask):
         if self.v is None:
             return self._normalize(x, None, None, gamma, beta)
-        of_channels = channel_moments(x, self._channel_axis(x.shape))
-        variance = merge(of_channels).variance
-        self._move(None, variance[0])
-        return self._normalize(x, variance, of_channels, gamma, beta)
+        axis = self._channel_axis(x.shape)
+        of_channels = channel_moments(x, axis, mask)
+        of_batch = merge(of_channels)
+        self._move(None, of_batch.variance[0], batch_count(x, axis, of_batch))
+        return self._normalize(x, of_batch.variance, of_channels, gamma, beta)
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         if self.v is None:
             return self._normalize(x, None, None, gamma, beta)
         variance = ops.expand_dims(self._moving(x.dtype)[1], 0)
-        return self._normalize(x, variance, channel_moments(x, self._channel_axis(x.shape)), gamma, beta)
+        return self._normalize(x, variance, channel_moments(x, self._channel_axis(x.shape), mask), gamma, beta)
 
     def _normalize(self, x, variance, of_channels, gamma, beta):
         axis = self._channel_axis(x.shape)
         if self.v is not None:
             of_sample = of_channels.variance
             if self.unbiased:
-                of_sample = as_unbiased(of_sample, group_size(x, x.shape[axis], axis))
+                count = group_size(x, x.shape[axis], axis) if of_channels.count is None else of_channels.count
+                of_sample = as_unbiased(of_sample, count)
             stddev, sample_stddev = (broadcast(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)
             x = x / ops.maximum(stddev, v * x + sample_stddev)

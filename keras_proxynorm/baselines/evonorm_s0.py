@@ -10,7 +10,7 @@ from keras_proxynorm.arguments import as_boolean, as_groups, as_nonnegative, che
 from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
 from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.kernels.statistics import expand_mask, group_size
 from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
@@ -40,7 +40,8 @@ class EvoNormS0(NormalizationLayer):
         gamma, beta: Weights of shape ``(channels,)``, or None.
         v: Weight of shape ``(channels,)``, or None without nonlinearity.
 
-    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. A mask is passed on, not used.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. Masked positions
+    do not enter the statistics.
 
     Example:
 
@@ -92,15 +93,21 @@ class EvoNormS0(NormalizationLayer):
     def values_per_statistic(self, input_shape: Shape) -> int | None:
         return values_per_group(input_shape, self._number_of_groups(input_shape)) if self.nonlinearity else None
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
+        if mask is not None:
+            # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
+            x = ops.where(expand_mask(mask, x, axis), x, 0)
         gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
         if self.v is not None:
             groups = self._number_of_groups(x.shape)
-            variance = merge(channel_moments(x, axis), groups, samples=1).variance
+            moments = merge(channel_moments(x, axis, mask), groups, samples=1)
+            variance = moments.variance
             if self.unbiased:
-                variance = as_unbiased(variance, group_size(x, groups, axis))
+                variance = as_unbiased(
+                    variance, group_size(x, groups, axis) if moments.count is None else moments.count
+                )
             scale = ops.rsqrt(variance + self.epsilon)
             x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * broadcast(scale, x, axis)
         return ops.cast(kernels.affine(x, gamma, beta), self.compute_dtype)

@@ -9,7 +9,7 @@ from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean, as_nonnegative
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.statistics import group_size
+from keras_proxynorm.kernels.statistics import expand_mask, group_size
 from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
@@ -39,7 +39,8 @@ class FilterResponseNormalization(NormalizationLayer):
         tau: Weight of shape ``(channels,)``, or None without nonlinearity.
         learned_epsilon: Weight of shape ``()``, trainable unless `learn_epsilon` is False.
 
-    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. A mask is passed on, not used.
+    Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`. Masked positions
+    do not enter the statistics.
 
     Example:
 
@@ -90,11 +91,17 @@ class FilterResponseNormalization(NormalizationLayer):
     def values_per_statistic(self, input_shape: Shape) -> int | None:
         return values_per_group(input_shape, self._channels(input_shape))
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
         gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
-        power = position_sums(ops.square(x), axis) / group_size(x, x.shape[axis], axis)
+        count = group_size(x, x.shape[axis], axis)
+        if mask is not None:
+            mask = expand_mask(mask, x, axis)
+            # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
+            x = ops.where(mask, x, 0)
+            count = ops.maximum(position_sums(ops.cast(mask, x.dtype) * ops.ones_like(x), axis), 1)
+        power = position_sums(ops.square(x), axis) / count
         scale = ops.rsqrt(power + ops.abs(ops.cast(self.learned_epsilon, x.dtype)))
         outputs = kernels.affine(x, kernels.affine(scale, gamma, None), beta)
         if self.tau is not None:

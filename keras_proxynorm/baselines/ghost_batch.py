@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.arguments import as_fraction, as_nonnegative, as_positive_integer_or_none, check_divides_channels
-from keras_proxynorm.baselines.batch_statistics import Moments, channel_moments, merge, mix, normalize
-from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
+from keras_proxynorm.baselines.batch_statistics import Moments, batch_count, channel_moments, merge, mix, normalize
+from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference, share_of_batch
 from keras_proxynorm.moments import Tensor
 
 __all__ = ["GhostBatchNormalization", "L2TowardOne"]
@@ -54,7 +54,8 @@ class GhostBatchNormalization(MovingStatisticsLayer):
             already, after ``model.compile`` or `choose_inference_example_weight`.
 
     Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
-    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
+    statistics of the batch and to move the averages, which a frozen layer never does. Masked positions do not
+    enter the statistics.
 
     Example:
 
@@ -99,21 +100,23 @@ class GhostBatchNormalization(MovingStatisticsLayer):
     def _check_channels(self, input_shape, channels):
         check_divides_channels("channel_groups", self.channel_groups or 1, channels, input_shape)
 
-    def _normalize_batch(self, x, gamma, beta):
+    def _normalize_batch(self, x, gamma, beta, mask):
         axis = self._channel_axis(x.shape)
-        of_channels = channel_moments(x, axis)
+        of_channels = channel_moments(x, axis, mask)
+        of_batch = merge(of_channels)
+        share = share_of_batch(self.momentum, batch_count(x, axis, of_batch))
         # A weighted average of raw moments is the mixture of the two.
-        moved = mix(Moments.of_vectors(*self._moving(x.dtype)), merge(of_channels), 1.0 - self.momentum)
+        moved = mix(Moments.of_vectors(*self._moving(x.dtype)), of_batch, share)
         self.moving_mean.assign(moved.mean[0])
         self.moving_variance.assign(moved.variance[0])
         moments = merge(of_channels, self.channel_groups, self.examples_per_group)
         return normalize(x, moments, axis, self.epsilon, gamma, beta)
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         moments = merge(Moments.of_vectors(*self._moving(x.dtype)), self.channel_groups)
         axis, weight = self._channel_axis(x.shape), self.inference_example_weight
         if weight:
-            of_sample = merge(channel_moments(x, axis), self.channel_groups, samples=1)
+            of_sample = merge(channel_moments(x, axis, mask), self.channel_groups, samples=1)
             moments = of_sample if weight == 1 else mix(moments, of_sample, weight)
         return normalize(x, moments, axis, self.epsilon, gamma, beta)
 

@@ -41,7 +41,8 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
         moving_variance: Weight of shape ``(channels,)``, of unbiased variances, as in the authors' code.
 
     Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
-    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
+    statistics of the batch and to move the averages, which a frozen layer never does. Masked positions do not
+    enter the statistics.
 
     Example:
 
@@ -77,16 +78,17 @@ class InstanceEnhancementBatchNormalization(MovingStatisticsLayer):
         channels = self._channels(input_shape)
         self.gate_gamma, self.gate_beta = (self._add_parameter(name, channels) for name in ("gate_gamma", "gate_beta"))
 
-    def _normalize_batch(self, x, gamma, beta):
+    def _normalize_batch(self, x, gamma, beta, mask):
         axis = self._channel_axis(x.shape)
-        of_channels = channel_moments(x, axis)
+        of_channels = channel_moments(x, axis, mask)
         moments = merge(of_channels)
-        self._move(moments.mean[0], unbiased(moments.variance, batch_count(x, axis))[0])
+        count = batch_count(x, axis, moments)
+        self._move(moments.mean[0], unbiased(moments.variance, count)[0], count)
         return self._normalize(x, moments, of_channels.mean, gamma, beta)
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         moments = Moments.of_vectors(*self._moving(x.dtype))
-        return self._normalize(x, moments, channel_moments(x, self._channel_axis(x.shape)).mean, gamma, beta)
+        return self._normalize(x, moments, channel_moments(x, self._channel_axis(x.shape), mask).mean, gamma, beta)
 
     def _normalize(self, x, moments, means, gamma, beta):
         gate_gamma, gate_beta = (ops.cast(weight, x.dtype) for weight in (self.gate_gamma, self.gate_beta))

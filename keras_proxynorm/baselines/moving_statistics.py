@@ -7,10 +7,11 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.arguments import as_fraction, as_nonnegative
+from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.layers.base import NormalizationLayer, Shape
 from keras_proxynorm.moments import Tensor
 
-__all__ = ["MovingStatisticsLayer", "add_moving", "affine_at_inference", "move"]
+__all__ = ["MovingStatisticsLayer", "add_moving", "affine_at_inference", "move", "share_of_batch"]
 
 
 class MovingStatisticsLayer(NormalizationLayer):
@@ -40,22 +41,30 @@ class MovingStatisticsLayer(NormalizationLayer):
         """How many means and variances there are; here one for each channel."""
         return self._channels(input_shape)
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         x = self._for_statistics(inputs)
-        normalize = self._normalize_batch if training and self.trainable else self._normalize_moving
-        return ops.cast(normalize(x, *self._affine(x.dtype)), self.compute_dtype)
+        affine = self._affine(x.dtype)
+        if training and self.trainable:
+            if mask is not None:
+                # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
+                x = ops.where(expand_mask(mask, x, self._channel_axis(x.shape)), x, 0)
+            outputs = self._normalize_batch(x, *affine, mask)
+        else:
+            outputs = self._normalize_moving(x, *affine, mask)
+        return ops.cast(outputs, self.compute_dtype)
 
-    def _normalize_batch(self, x, gamma, beta):
+    def _normalize_batch(self, x, gamma, beta, mask):
         """The layer in training; it updates the moving averages.
 
         Args:
             x: The inputs, float32 or float64.
             gamma: Tensor of shape ``(channels,)`` or None.
             beta: Tensor of shape ``(channels,)`` or None.
+            mask: The mask or None.
         """
         raise NotImplementedError
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         """The layer at inference."""
         raise NotImplementedError
 
@@ -72,11 +81,11 @@ class MovingStatisticsLayer(NormalizationLayer):
         mean = None if self.moving_mean is None else ops.cast(self.moving_mean, dtype)
         return mean, ops.cast(self.moving_variance, dtype)
 
-    def _move(self, mean, variance):
-        """Moves the averages towards statistics of a batch."""
+    def _move(self, mean, variance, count):
+        """Moves the averages towards statistics of a batch of `count` values."""
         for weight, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
             if weight is not None:
-                move(weight, value, self.momentum)
+                move(weight, value, self.momentum, count)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
@@ -90,11 +99,16 @@ def add_moving(layer: keras.layers.Layer, name: str, size: int, initializer: str
     )
 
 
-def move(weight: keras.Variable, value: Tensor, momentum: float) -> None:
-    """Moves a moving average towards the value of a batch."""
+def share_of_batch(momentum: float, count: Tensor) -> Tensor:
+    """The share that a batch of `count` values gets in a moving average: none if there are no values."""
+    return (1.0 - momentum) * ops.cast(count > 0, count.dtype)
+
+
+def move(weight: keras.Variable, value: Tensor, momentum: float, count: Tensor) -> None:
+    """Moves a moving average towards the value of a batch of `count` values; values are rows of a row each."""
     # float32 also where variables are half precision: small steps would be rounded away.
     old = ops.cast(weight, value.dtype)
-    weight.assign(old + (1.0 - momentum) * (value - old))
+    weight.assign(old + ops.reshape(share_of_batch(momentum, count), (-1,)) * (value - old))
 
 
 def affine_at_inference(

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import batch_count, channel_moments, merge
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer, affine_at_inference
 from keras_proxynorm.kernels.channels import broadcast
 
@@ -31,7 +31,8 @@ class VarianceNormalization(MovingStatisticsLayer):
         moving_variance: Weight of shape ``(channels,)``.
 
     Call arguments, output and errors are those of `keras_proxynorm.GroupNormProxy`, and `training`: whether to use the
-    statistics of the batch and to move the averages, which a frozen layer never does. A mask is passed on, not used.
+    statistics of the batch and to move the averages, which a frozen layer never does. Masked positions do not
+    enter the statistics.
 
     Example:
 
@@ -51,12 +52,13 @@ class VarianceNormalization(MovingStatisticsLayer):
     def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(momentum, epsilon, axis=axis, **kwargs)
 
-    def _normalize_batch(self, x, gamma, beta):
-        variance = merge(channel_moments(x, self._channel_axis(x.shape))).variance[0]
-        self._move(None, variance)
-        return self._normalize(x, variance, gamma, beta)
+    def _normalize_batch(self, x, gamma, beta, mask):
+        axis = self._channel_axis(x.shape)
+        moments = merge(channel_moments(x, axis, mask))
+        self._move(None, moments.variance[0], batch_count(x, axis, moments))
+        return self._normalize(x, moments.variance[0], gamma, beta)
 
-    def _normalize_moving(self, x, gamma, beta):
+    def _normalize_moving(self, x, gamma, beta, mask):
         return self._normalize(x, self._moving(x.dtype)[1], gamma, beta)
 
     def inference_affine(self) -> tuple[np.ndarray, np.ndarray] | None:

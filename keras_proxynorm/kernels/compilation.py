@@ -1,6 +1,7 @@
 """What XLA must be told, because it would otherwise move small computations to where they cost much."""
 
 import keras
+from keras import ops
 
 from keras_proxynorm.compat import is_compiled_by_xla, xla_optimization_barrier, xla_reduce_precision
 from keras_proxynorm.moments import Tensor
@@ -25,12 +26,13 @@ def barrier(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """`x` as the same number wherever XLA computes it; elsewhere just `x`. It is for constants, without a gradient.
+    """`x` as a constant for gradients, and under XLA as the same number wherever it is computed.
 
     XLA computes small tensors anew for those that read them. A product that is then subtracted becomes one instruction
     with the subtraction, which does not round the product; where it is added again, it has been rounded. What is
     rounded to a bit less than the instructions do is the same everywhere.
     """
+    x = ops.stop_gradient(x)
     bits = _BITS.get(keras.backend.standardize_dtype(x.dtype))
     if bits is None:
         return x

@@ -47,7 +47,7 @@ def group_moments(x: Tensor, groups: int, axis: int, mask: Tensor | None = None)
     counts = sums(weights)
     counts = ops.where(counts > 0, counts, ops.ones_like(counts))
     # Replaced, not multiplied away: a masked infinity times 0 would be NaN, here or in the gradient.
-    pivot = rounded(ops.stop_gradient(sums(ops.where(mask, x, ops.zeros_like(x))) / counts))
+    pivot = rounded(sums(ops.where(mask, x, ops.zeros_like(x))) / counts)
     centered = ops.where(mask, x, pivot) - pivot
     distance = sums(weights * centered) / counts
     deviations = weights * (centered - distance)
@@ -70,7 +70,7 @@ def group_pivot(x: Tensor, groups: int, axis: int) -> Tensor:
     # A barrier, so that the input keeps its own layout.
     chosen = barrier(x[tuple(share)])
     pivot = _group_sums(chosen, groups, axis) / group_size(chosen, groups, axis)
-    return channels.repeat(rounded(ops.stop_gradient(pivot)), x, axis)
+    return channels.repeat(rounded(pivot), x, axis)
 
 
 def moments_about_pivot(centered: Tensor, groups: int, axis: int) -> tuple[Tensor, Tensor]:

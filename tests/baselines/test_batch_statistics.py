@@ -20,7 +20,7 @@ def test_merged_moments_are_those_of_the_block(samples, examples, groups, offset
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((samples, 4, 3, 6)) * rng.uniform(0.1, 9, (samples, 1, 1, 6)) + offset).astype("float32")
     moments = merge(channel_moments(*tensors(x), 3), groups, examples)
-    pivot, distance, variance = (numpy(moment).astype("float64") for moment in moments)
+    pivot, distance, variance = (numpy(moment).astype("float64") for moment in moments[:3])
     x = x.astype("float64")
     per_group = 6 // (groups or 6)
     for sample in range(samples if examples else 1):
