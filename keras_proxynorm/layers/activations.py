@@ -48,11 +48,16 @@ class WithActivation:
         else:
             super().__setattr__(name, value)
 
+    @property
+    def _elementwise(self):
+        # Activation layers of Keras may get other attributes. Others are evaluated as they are, and looked at once.
+        return resolve_activation(self._activation) if self._resolved.is_standard else self._resolved
+
     def _set_activation(self, activation):
-        elementwise = resolve_activation(activation)
+        resolved = resolve_activation(activation)
         # Past Keras, which would keep every layer that was assigned, and takes none after `build`.
         object.__setattr__(self, "_activation", _saved_form(activation))
-        self._elementwise = elementwise
+        self._resolved = resolved
 
 
 def _saved_form(activation):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from keras_proxynorm.arguments import argument_error, as_choice, as_positive_integer
@@ -37,11 +36,11 @@ def activation_moments(
 
     Args:
         activation: The name of an activation, a callable of one tensor that acts on each element alone, or a
-            parameter-free Keras activation layer such as ``keras.layers.ReLU(max_value=6)``. A callable with kinks or
-            jumps should be made known with `register_activation`.
+            parameter-free Keras activation layer such as ``keras.layers.ReLU(max_value=6)``. It may read variables; see
+            `register_activation`, which also says what a callable of your own costs.
         mean: Float array or tensor of any shape.
-        stddev: Float array or tensor that broadcasts against `mean`, not negative; of a tensor the sign is ignored. At
-            0 the result is ``phi(mean), 0``.
+        stddev: Float array or tensor that broadcasts against `mean`. Its sign has no effect, as in ``stddev ** 2``. At
+            0 the result is ``phi(mean), 0``, and gradients are those from above.
         method: ``"exact"``, or ``"quantiles"`` for the biased rule of the paper's authors: the plain average over
             midpoint quantiles of the Gaussian.
         num_quantiles: Number of points of ``"quantiles"``: 256 in the paper, 200 in the authors' code.
@@ -67,13 +66,18 @@ def activation_moments(
     """
     method = as_choice("method", method, METHODS)
     num_quantiles = as_positive_integer("num_quantiles", num_quantiles)
-    if isinstance(stddev, (float, int, np.generic, np.ndarray, list, tuple)) and np.any(np.asarray(stddev) < 0):
-        raise argument_error("stddev", stddev, "not negative")
     # The dtypes first: some backends turn NumPy's float64 into float32 on conversion.
     dtype = computation_dtype(*(x.dtype if hasattr(x, "dtype") else "float32" for x in (mean, stddev)))
-    mean, stddev = ops.convert_to_tensor(mean, dtype=dtype), ops.convert_to_tensor(stddev, dtype=dtype)
-    # Values of a tensor may be unknown. Not the absolute value: its gradient at 0 is 0.
+    mean, stddev = _as_float_tensor("mean", mean, dtype), _as_float_tensor("stddev", stddev, dtype)
+    # Not the absolute value: its gradient at 0 is 0.
     stddev = ops.where(stddev < 0, -stddev, stddev)
     return resolve_activation(activation).moments(
         mean + ops.zeros_like(stddev), stddev + ops.zeros_like(mean), method, num_quantiles
     )
+
+
+def _as_float_tensor(name, value, dtype):
+    try:
+        return ops.convert_to_tensor(value, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise argument_error(name, value, "a float array or tensor") from error

@@ -2,10 +2,12 @@
 
 import math
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_proxynorm.moments.precision import Tensor
-from keras_proxynorm.moments.quadrature import TINY
+from keras_proxynorm.moments.quadrature import standardized
 
 __all__ = ["exponential_moments", "rectifier_moments"]
 
@@ -36,12 +38,14 @@ def rectifier_moments(kink: float, left: float, right: float, mean: Tensor, stdd
     """
     change = right - left
     distance = mean - kink
-    t = ops.clip(distance / (stddev + TINY), -_CLIP, _CLIP)
+    t = standardized(distance, stddev, _CLIP)
     # By erfc: (1 + erf) / 2 cancels in the left tail, and XLA's float32 erf makes that visible.
     cdf = 0.5 * ops.erfc(t * -math.sqrt(0.5))
     pdf = ops.exp(-0.5 * ops.square(t)) * math.sqrt(0.5 / math.pi)
-    # Not stddev * g(t): where t is clipped this is still exactly relu(mean - kink), with the right gradient.
-    output_mean = change * (distance * cdf + stddev * pdf)
+    # Not stddev * g(t): where t is clipped this is still exactly relu(mean - kink), with the right gradient. To the
+    # left, large distances times a probability that underflows would be anything.
+    bounded = ops.where(distance < -_CLIP * stddev, -_CLIP * stddev, distance)
+    output_mean = change * (bounded * cdf + stddev * pdf)
     g = t * cdf + pdf
     unit_variance = change * change * (cdf - g * (g - t))
     if left:
@@ -53,6 +57,9 @@ def rectifier_moments(kink: float, left: float, right: float, mean: Tensor, stdd
 def exponential_moments(mean: Tensor, stddev: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``exp(U)``, ``U ~ N(mean, stddev ** 2)``: the log-normal distribution."""
     variance = ops.square(stddev)
-    output_mean = ops.exp(mean + 0.5 * variance)
-    # In this order, so that a large mean with a standard deviation of 0 is not infinity times 0.
-    return output_mean, output_mean * (output_mean * ops.expm1(variance))
+    # In this form and order, so that neither factor is infinite where the product is not, and a standard deviation of 0
+    # gives 0.
+    root = ops.exp(mean + variance)
+    largest = float(np.finfo(keras.backend.standardize_dtype(mean.dtype)).max)
+    root = ops.where(root > largest, largest, root)
+    return ops.exp(mean + 0.5 * variance), root * (root * -ops.expm1(-variance))

@@ -73,8 +73,8 @@ def table():
     return {name: np.array(rows) for name, rows in json.loads(path.read_text())["moments"].items()}
 
 
-def integrate(name, mean, stddev, panels=120, nodes=12):
-    """Moments by Gauss-Legendre panels over 12 standard deviations to each side, cut at the kinks."""
+def integrate(name, mean, stddev):
+    """Moments of an activation of the table."""
     if mean.size > 500:  # all at once take gigabytes
         parts = [integrate(name, mean[i : i + 500], stddev[i : i + 500]) for i in range(0, mean.size, 500)]
         return np.concatenate(parts, axis=1)
@@ -82,6 +82,11 @@ def integrate(name, mean, stddev, panels=120, nodes=12):
     if name == "exponential":
         output_mean = np.exp(mean + stddev**2 / 2)
         return output_mean, output_mean**2 * np.expm1(stddev**2)
+    return integrate_function(function, kinks, mean, stddev)
+
+
+def integrate_function(function, kinks, mean, stddev, panels=120, nodes=12):
+    """Moments by Gauss-Legendre panels over 12 standard deviations to each side, cut at the kinks."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
     edges = np.sort(
         np.concatenate(

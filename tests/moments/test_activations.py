@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import operator
 import warnings
 
 import keras
@@ -79,9 +81,65 @@ def test_what_an_activation_stands_for(activation, expected, kinks):
     np.testing.assert_allclose(values(resolved.function), values(expected), rtol=1e-6)
 
 
-def test_relu_with_a_far_limit_is_not_taken_for_relu():
+def test_what_looks_like_a_function_of_keras_is_not_taken_for_it():
+    for activation in (
+        lambda x: ops.relu(x),
+        lambda x: ops.clip(x, 0, 20),
+        lambda x: ops.maximum(x, 0.2 * x),
+        functools.partial(ops.leaky_relu, negative_slope=0.2),
+        lambda x: x,
+        lambda x: ops.silu(x),
+    ):
+        resolved = resolve_activation(activation)
+        assert not (resolved.is_standard or resolved.is_identity or resolved.is_homogeneous or resolved.exponential)
+        assert resolved.nodes > 129
+
+
+LIBRARY = {
+    "tensorflow": ("tensorflow.nn", ["relu", "relu6", "silu", "gelu", "tanh", "sigmoid", "leaky_relu", "elu", "selu"]),
+    "jax": ("jax.nn", ["relu", "relu6", "silu", "gelu", "tanh", "hard_swish", "leaky_relu"]),
+    "torch": ("torch.nn.functional", ["relu", "silu", "tanh", "elu", "hardtanh", "hardswish", "leaky_relu"]),
+}[keras.backend.backend()]
+
+
+def library_function(name):
+    module, attribute = LIBRARY[0].split(".", 1)
+    return operator.attrgetter(f"{attribute}.{name}")(importlib.import_module(module))
+
+
+@pytest.mark.parametrize("name", LIBRARY[1])
+def test_functions_of_the_backend_are_known_by_identity(name):
+    function = library_function(name)
+    resolved = resolve_activation(function)
+    assert resolved.function is function and resolved.is_standard
+    by_name = resolve_activation({"hardtanh": "hard_tanh", "hardswish": "hard_silu"}.get(name, name))
+    if name == "leaky_relu":
+        by_name = dataclasses.replace(by_name, slopes=(0.2 if LIBRARY[0] == "tensorflow.nn" else 0.01, 1.0))
+    assert dataclasses.replace(by_name, function=function) == resolved
+    with pytest.raises(ValueError, match="`fn` must be an activation of your own"):
+        register_activation(function)
+
+
+def test_kinks_are_found_by_looking():
+    def crooked(x):
+        steps = ops.where(x > 2.5, 2.0, 0.0) + ops.sign(x + 4)
+        return ops.maximum(x + 1, 0.9 * (x + 1)) + steps + ops.abs(x - 7.875)
+
+    assert resolve_activation(crooked).kinks == (-4, -1, 2.5, 7.875)
+    assert resolve_activation(ops.round).kinks == tuple(np.arange(-7.5, 8))
+    for smooth in (
+        ops.sin,
+        lambda x: x**3,
+        lambda x: ops.tanh(3 * x),
+        lambda x: ops.exp(x),
+        lambda x: 1e4 * ops.silu(x),
+    ):
+        assert resolve_activation(smooth).kinks == ()
+
+
+def test_jumps_that_are_not_found_are_warned_about():
     with pytest.warns(UserWarning, match="moments of the activation"):
-        assert resolve_activation(lambda x: ops.clip(x, 0, 20)).kinks == ()
+        resolve_activation(lambda x: ops.where(x > 0.3, 1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +199,7 @@ class Hinge(keras.layers.Layer):
 
 
 def test_registration():
-    with pytest.warns(UserWarning, match="register_activation"):
-        before = resolve_activation(hinge)
-    assert before.kinks == ()
+    assert resolve_activation(hinge).nodes > 129
     mean, variance = (float(numpy(x)) for x in activation_moments(keras.layers.LeakyReLU(0.25), -0.7, 1.0))
     for fn, activation in ((hinge, hinge), (Hinge, Hinge())):
         assert register_activation(fn, kinks=[1]) is fn
@@ -153,10 +209,9 @@ def test_registration():
         np.testing.assert_allclose(found, [mean, variance], rtol=1e-5)
     # A partial is another function, with its own arguments.
     steeper = functools.partial(hinge, slope=0.5)
-    with pytest.warns(UserWarning, match="register_activation"):
-        np.testing.assert_allclose(values(resolve_activation(steeper).function), values(steeper))
+    assert resolve_activation(steeper).nodes > 129
     register_activation(steeper, kinks=(1,))
-    assert resolve_activation(steeper).kinks == (1,)
+    assert resolve_activation(steeper) == dataclasses.replace(resolve_activation(hinge), function=steeper)
     np.testing.assert_allclose(values(resolve_activation(steeper).function), values(steeper))
 
 
@@ -166,14 +221,34 @@ def test_registration():
         ("relu", (0,), "fn"),
         (keras.layers.ReLU(), (0,), "fn"),
         (Scaled(1.0), (0,), "fn"),
-        (ops.relu, 0, "kinks"),
-        (ops.relu, ("zero",), "kinks"),
-        (ops.relu, (0, float("nan")), "kinks"),
+        (keras.activations.relu, (0,), "fn"),
+        (keras.activations.softmax, (), "fn"),
+        (ops.relu, (0,), "fn"),
+        (ops.exp, (), "fn"),
+        (keras.layers.ReLU, (0,), "fn"),
+        (keras.layers.Dense, (), "fn"),
+        (functools.partial(keras.activations.relu, max_value=3), (0,), "fn"),
+        (functools.partial(functools.partial(ops.leaky_relu, negative_slope=3)), (0,), "fn"),
+        (hinge, 0, "kinks"),
+        (hinge, ("zero",), "kinks"),
+        (hinge, (0, float("nan")), "kinks"),
     ],
 )
 def test_bad_registration(fn, kinks, named):
+    before = [float(numpy(x)) for x in activation_moments("relu", 0.3, 1.0)]
     with pytest.raises(ValueError, match=rf"`{named}`.*Received: {named}="):
         register_activation(fn, kinks=kinks)
+    assert [float(numpy(x)) for x in activation_moments("relu", 0.3, 1.0)] == before
+
+
+def test_a_function_that_is_registered_again_has_the_new_kinks():
+    def bent(x):
+        return ops.abs(x - 0.3)
+
+    register_activation(bent, kinks=(0.3,))
+    resolved = resolve_activation(bent)
+    register_activation(bent, kinks=(0.3, 1))
+    assert resolved.kinks == (0.3,) and resolve_activation(bent).kinks == (0.3, 1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -186,3 +261,13 @@ def test_activations_are_examined_while_tracing_too(mode):
     np.testing.assert_allclose([numpy(mean), numpy(variance)], [numpy(x) for x in expected], rtol=1e-5)
     with pytest.raises(ValueError, match="each element alone"):
         compiled(lambda m: activation_moments(lambda x: ops.softmax(x), m, 1.0), mode)(*tensors(np.zeros(3, "float32")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_may_read_what_is_traced(mode):
+    def moments(m, s, slope):
+        return activation_moments(lambda x: ops.maximum(x, slope * x), m, s)
+
+    found = compiled(moments, mode)(*tensors(0.3, 1.0, 0.25))
+    expected = activation_moments(keras.layers.LeakyReLU(0.25), 0.3, 1.0)
+    np.testing.assert_allclose([numpy(x) for x in found], [numpy(x) for x in expected], rtol=1e-4)

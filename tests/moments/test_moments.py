@@ -3,6 +3,9 @@
 ``python -m pytest tests/moments/test_moments.py -s -k accuracy`` prints the table of errors.
 """
 
+import functools
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moments import reference
 
-from keras_proxynorm import activation_moments
+from keras_proxynorm import activation_moments, register_activation
+from keras_proxynorm.moments import resolve_activation
 
 TABLE = reference.table()
 
@@ -173,15 +177,233 @@ def test_shapes_and_dtypes():
     assert keras.backend.standardize_dtype(mean.dtype) == "float32"
 
 
+class Holder:
+    """A parameter of an activation that changes after the activation was made."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, x):
+        return keras.ops.maximum(x, self.value * x)
+
+
+def learned_slope(x, slope):
+    return keras.ops.maximum(x, slope.value * x)
+
+
+def registered(make):
+    return lambda holder: register_activation(make(holder), kinks=(0,))
+
+
+def heaviside(x):
+    return keras.ops.where(x > 0, 1.0, 0.0)
+
+
+def leaky(x, v):
+    return np.maximum(x, v * x)
+
+
+# Name: (activation that reads holder.value, NumPy formula, kinks, value when it is looked at, value now).
+CHANGING = {
+    "relu that is leaky": (lambda h: lambda x: keras.ops.maximum(x, h.value * x), leaky, lambda v: (0,), 0.0, 0.9),
+    "linear that is bent": (lambda h: lambda x: keras.ops.maximum(x, h.value * x), leaky, lambda v: (0,), 1.0, 0.1),
+    "registered": (
+        registered(lambda h: lambda x: keras.ops.maximum(x, h.value * x)), leaky, lambda v: (0,), 0.2, 0.9
+    ),
+    "object": (lambda h: h, leaky, lambda v: (0,), 0.2, 0.6),
+    "partial": (lambda h: functools.partial(learned_slope, slope=h), leaky, lambda v: (0,), 0.2, 0.6),
+    "swish": (
+        lambda h: lambda x: x * keras.ops.sigmoid(h.value * x),
+        lambda x, v: x / (1 + np.exp(-v * x)),
+        lambda v: (), 1.0, 3.0,
+    ),
+    "moving kink": (
+        lambda h: lambda x: keras.ops.relu(x - h.value),
+        lambda x, v: np.maximum(x - v, 0),
+        lambda v: (v,), 0.0, 0.77,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("method", ["exact", "quantiles"])
+def test_activations_that_change(name, method):
+    """Values and gradients are those of the function as it is now, not of what it was when it was looked at."""
+    make, formula, kinks, before, now = CHANGING[name]
+    holder = Holder(before)
+    activation = resolve_activation(make(holder))
+    rng = np.random.default_rng(0)
+    m, s = rng.uniform(-2, 2, 40), rng.uniform(0.1, 2, 40)
+    up, down = rng.uniform(0.5, 1.5, (2, 40))
+
+    def moments_now(m, s, value):
+        holder.value = value
+        return activation.moments(m, s, method)
+
+    def scalar(m, s, value):
+        (mean, variance), (u, d) = moments_now(m, s, value), tensors(np.float32(up), np.float32(down))
+        return keras.ops.sum(u * mean + d * variance) / 40
+
+    def expected(m, s, value):
+        return reference.integrate_function(lambda x: formula(x, value), kinks(value), m, s)
+
+    def expected_scalar(m, s, value):
+        mean, variance = expected(m, s, value)
+        return np.sum(up * mean + down * variance) / 40
+
+    arguments = m, s, np.float64(now)
+    exact, gradients_in_modes = method == "exact", []
+    for mode in MODES:
+        found = [numpy(x) for x in compiled(moments_now, mode)(*tensors(*map(np.float32, arguments)))]
+        assert max(reference.errors(found, expected(*arguments))) <= (1.5e-5 if exact else 5e-2)
+        found = compiled(lambda *xs: gradients(scalar, *xs), mode)(*tensors(*map(np.float32, arguments)))
+        gradients_in_modes.append([numpy(g) for g in found])
+    for i, in_modes in enumerate(zip(*gradients_in_modes, strict=True)):
+        direction = rng.standard_normal(np.shape(arguments[i]))
+        ends = [expected_scalar(*(a + h * direction if i == j else a for j, a in enumerate(arguments)))
+                for h in (-1e-4, 1e-4)]  # fmt: skip
+        atol = 3e-2 if not exact else 2e-5 if set(kinks(now)) <= set(activation.kinks) else 3e-3
+        for gradient in in_modes:
+            np.testing.assert_allclose(np.sum(gradient * direction), (ends[1] - ends[0]) / 2e-4, atol=atol)
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_the_sign_of_a_tensor_of_standard_deviations_is_ignored(mode):
-    np.testing.assert_array_equal(moments("relu", 0.3, [-1.0, 2.0], mode), moments("relu", 0.3, [1.0, 2.0], mode))
+def test_gradients_that_an_activation_brings_are_kept(mode):
+    """A step that passes the gradient of tanh: its moments are those of the step, their gradients those it brings."""
+
+    def step(x):
+        soft = keras.ops.tanh(x)
+        return soft + keras.ops.stop_gradient(heaviside(x) - soft)
+
+    activation = resolve_activation(step)
+    m, s = np.float32([-0.4, 0.0, 0.9]), np.float32([1.0, 0.5, 2.0])
+    probability = 0.5 * (1 + np.vectorize(math.erf)(m / s / math.sqrt(2)))
+    found = [numpy(x) for x in compiled(activation.moments, mode)(*tensors(m, s))]
+    np.testing.assert_allclose(found, [probability, probability * (1 - probability)], atol=1e-5)
+    (by_mean, _) = gradients(lambda m, s: keras.ops.sum(activation.moments(m, s)[0]), *tensors(m, s))
+    slope, _ = reference.integrate_function(lambda x: 1 - np.tanh(x) ** 2, (), m.astype("float64"), s)
+    np.testing.assert_allclose(numpy(by_mean), slope, atol=1e-5)
+
+
+SIGNED = np.float32([-2.0, -0.5, -1e-3, -0.0, 0.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "exponential", "silu", "linear"])
+@pytest.mark.parametrize("method", ["exact", "quantiles"])
+def test_the_sign_of_standard_deviations_has_no_effect(name, method):
+    mean = np.linspace(-1, 1, 6, dtype="float32")
+    expected = moments(name, mean, np.abs(SIGNED), method=method)
+    for mode in MODES:
+        np.testing.assert_allclose(moments(name, mean, SIGNED, mode, method=method), expected, rtol=1e-6, atol=1e-7)
+    for stddev in (SIGNED, SIGNED.tolist(), SIGNED.astype("float64")):
+        with float64_allowed():
+            found = [numpy(x) for x in activation_moments(name, mean, stddev, method=method)]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    found = [float(numpy(x)) for x in activation_moments(name, 0.25, -2, method=method)]
+    np.testing.assert_allclose(found, [x[()] for x in moments(name, 0.25, 2.0, method=method)], rtol=1e-6)
+    symbolic = activation_moments(name, keras.KerasTensor((None, 3)), keras.KerasTensor((3,)), method=method)
+    assert [x.shape for x in symbolic] == [(None, 3), (None, 3)]
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "silu"])
+def test_gradients_of_negative_standard_deviations(name):
+    mean = np.array([0.2, 0.7, -0.3, -1.0, 0.9])
+    for order in (1, 2):
+
+        def scalar(m, s):
+            output_mean, variance = activation_moments(name, m, s)
+            return keras.ops.sum(output_mean + 0.5 * variance)
+
+        check_gradients(scalar, mean, np.array([-1.0, -0.3, -2.0, 0.4, -0.7]), order=order, step=1e-6, rtol=3e-5)
+    (_, down), (_, up) = (
+        gradients(scalar, *tensors(np.float32(mean), np.float32(s * np.ones(5)))) for s in (-0.8, 0.8)
+    )
+    np.testing.assert_array_equal(numpy(down), -numpy(up))
+    # At 0, the derivative from above: phi'' stddev for smooth functions, the density at the kink of relu.
+    if name in ("relu", "silu"):
+        (_, found) = gradients(lambda m, s: keras.ops.sum(activation_moments(name, m, s)[0]), *tensors(0.0, 0.0))
+        np.testing.assert_allclose(numpy(found), 0.398942 if name == "relu" else 0, atol=1e-6)
+
+
+INF, NAN = np.inf, np.nan
+# Activation, mean, stddev, mean and variance of the output; None where float32 rounds the input.
+EXTREMES = [
+    ("relu", 3e38, 1, 3e38, 1),
+    ("relu", -3e38, 1, 0, 0),
+    ("relu", INF, 1, INF, None),
+    ("relu", -INF, 1, 0, 0),
+    ("relu", -INF, 0, 0, 0),
+    ("relu", 0, INF, INF, INF),
+    ("relu", 0, 1e30, 3.989423e29, INF),
+    ("relu", 0, 1e-30, 3.989423e-31, 0),
+    ("relu", 0, 1e-42, 0, 0),
+    ("leaky_relu", -INF, 1, -INF, 0.04),
+    ("exponential", 100, 0, INF, 0),
+    ("exponential", -1000, 20, 0, 0),
+    ("exponential", -INF, 1, 0, 0),
+    ("exponential", 0, INF, INF, INF),
+    ("relu6", INF, 1, 6, 0),
+    ("relu6", -3e38, 0, 0, 0),
+    ("relu6", 0, 1e30, 3, 9),
+    ("tanh", INF, 1, 1, 0),
+    ("tanh", -3e38, 3, -1, 0),
+    ("silu", -3e38, 1, 0, 0),
+    ("silu", 0, 1e-42, 0, 0),
+    *((name, mean, stddev, NAN, NAN) for name in ("relu", "exponential", "relu6", "tanh", "silu")
+      for mean, stddev in ((NAN, 1), (0, NAN), (NAN, 0))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(row[0] for row in EXTREMES))
+def test_extremes(name):
+    m, s, mean, variance = np.array([row[1:] for row in EXTREMES if row[0] == name], "float64").astype("float32").T
+    unknown = np.array([row[4] is None for row in EXTREMES if row[0] == name])
+    for mode in MODES:
+        found = moments(name, m, s, mode)
+        np.testing.assert_allclose(found[0], mean, rtol=2e-6, atol=1e-35)
+        np.testing.assert_allclose(found[1][~unknown], variance[~unknown], rtol=2e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "tanh"])
+def test_gradients_of_extremes_are_finite(name):
+    m, s = np.float32([1e30, -1e30, 1e30, -1e30, 400, -400]), np.float32([1, 1, 0, 0, 0, 0])
+
+    def scalar(m, s):
+        return keras.ops.sum(activation_moments(name, m, s)[0])
+
+    def penalty(m, s):
+        return sum(keras.ops.sum(keras.ops.square(g)) for g in gradients(scalar, m, s))
+
+    for function in (scalar, penalty):
+        for gradient in gradients(function, *tensors(m, s)):
+            assert np.all(np.isfinite(numpy(gradient)))
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "tanh"])
+@pytest.mark.parametrize("method", ["exact", "quantiles"])
+def test_empty(name, method):
+    for mode in MODES:
+        found = moments(name, np.zeros((0, 3), "float32"), np.ones((1, 3), "float32"), mode, method=method)
+        assert [x.shape for x in found] == [(0, 3), (0, 3)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+def test_other_dtypes_are_computed_in_float32(dtype):
+    values = [
+        keras.ops.convert_to_tensor([1.0, 2.0], dtype=dtype),
+        keras.ops.convert_to_tensor([2.0, -1.0], dtype=dtype),
+    ]
+    found = activation_moments("silu", *values)
+    assert {keras.backend.standardize_dtype(x.dtype) for x in found} == {"float32"}
+    np.testing.assert_allclose([numpy(x) for x in found], moments("silu", [1.0, 2.0], [2.0, 1.0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     "kwargs, named",
     [
-        ({"stddev": -1.0}, "stddev"),
+        ({"stddev": "one"}, "stddev"),
+        ({"stddev": None}, "stddev"),
+        ({"mean": [1j]}, "mean"),
         ({"method": "monte_carlo"}, "method"),
         ({"num_quantiles": 0}, "num_quantiles"),
         ({"num_quantiles": 2.5}, "num_quantiles"),
