@@ -15,7 +15,7 @@ def train_step(sam: Any, *arguments: Any) -> Any:
     """Does one step; takes and returns what `keras.Model.train_step` does on the backend in use.
 
     Args:
-        sam: A model with the method `perturb(values, gradients, loss_scale)` and `update_moving_statistics`.
+        sam: A `SharpnessAwareMinimization`.
         *arguments: The arguments of `keras.Model.train_step`.
     """
     return (_jax_step if keras.backend.backend() == "jax" else _stateful_step)(sam, *arguments)
@@ -37,16 +37,18 @@ def _stateful_step(sam, data):
     track_loss(sam, loss * _replicas(), batch_size)
     with _no_gradients():
         values = [ops.copy(weight) for weight in weights]  # of variables of TensorFlow, tensors
-        moved = sam.perturb(values, gradients, sam.optimizer.scale_loss(1.0))
+        rho = ops.convert_to_tensor(sam.rho_variable)
+        moved = sam.perturb(values, gradients, sam.optimizer.scale_loss(1.0), rho)
 
     # No variable changes: reading and assigning variables acts on the values of the scope.
-    with keras.StatelessScope([*start, *zip(weights, moved, strict=True)], collect_losses=True) as scope:
+    with _SecondPass([*start, *zip(weights, moved, strict=True)], collect_losses=True) as scope:
         gradients, _ = _gradients(forward, moved)
     with _no_gradients():
         for variable, carry in zip(state, carried, strict=True):
             value = scope.get_current_value(variable)
             if carry and value is not None:
-                variable.assign(value)
+                # Without a perturbation there is only one pass.
+                variable.assign(ops.where(rho > 0, value, variable))
         sam.optimizer.apply(gradients, weights)
     return sam.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -68,11 +70,25 @@ def _jax_step(sam, state, data):
     gradients, (loss, y_pred, after_first, new_metrics_state) = gradients_at(weights, others)
     with keras.StatelessScope(list(zip(sam.optimizer.variables, optimizer_state, strict=True))):
         loss_scale = sam.optimizer.scale_loss(1.0)
-    moved = sam.perturb(weights, gradients, loss_scale)
+    (rho,) = (value for v, value in zip(sam.non_trainable_variables, others, strict=True) if v is sam.rho_variable)
+    moved = sam.perturb(weights, gradients, loss_scale, rho)
     gradients, (_, _, after_second, _) = gradients_at(moved, _choose(carried, after_first, others))
     weights, optimizer_state = sam.optimizer.stateless_apply(optimizer_state, gradients, weights)
     logs, metrics_state = update_metrics(sam, new_metrics_state, loss, x, y, y_pred, sample_weight)
+    # Without a perturbation there is only one pass.
+    after_second = [ops.where(rho > 0, second, first) for first, second in zip(after_first, after_second, strict=True)]
     return logs, (weights, _choose(carried, after_second, after_first), optimizer_state, metrics_state)
+
+
+class _SecondPass(keras.StatelessScope):
+    """A scope in which trainable variables stay as they are.
+
+    The first pass has assigned what its layers assign to them. Once more would be another function of the weights.
+    """
+
+    def add_update(self, update):
+        if not update[0].trainable:
+            super().add_update(update)
 
 
 def _carried(sam):

@@ -39,13 +39,15 @@ class SharpnessAwareMinimization(keras.Model):
     - With `tf.distribute`, each replica perturbs by the gradient of its own share of the batch, as the authors of SAM
       do ("m-sharpness"). With JAX's `keras.distribution`, the gradient is that of the whole batch.
     - If a gradient is not finite, nothing is perturbed, and a `keras.optimizers.LossScaleOptimizer` skips the step.
+    - What a layer assigns to trainable weights in a call, as `keras.layers.SpectralNormalization` does, it assigns in
+      the first pass; the second takes them as they are, perturbed.
     - Layers with a `keras.random.SeedGenerator`, as those of Keras, draw the same random numbers in both passes; other
       random numbers, such as those of functions of the backend, differ.
 
     Args:
         model: The `keras.Model` to train.
-        rho: The radius of the perturbation. With 0, steps are exactly those of the optimizer. It can be set at any
-            time, for example by a callback that leaves some epochs to the optimizer alone.
+        rho: The radius of the perturbation. It can be set at any time, for example by a callback, and takes effect at
+            the next step, without a new trace. With 0, steps are those of the optimizer.
         adaptive: None for SAM, ``T = 1``. For ASAM, ``"elementwise"``, ``T = |w| + eta``, or ``"layerwise"``,
             ``T = (1 + eta) * |w|`` with the Euclidean norm of each variable. Variables whose names end with ``bias`` or
             ``beta`` keep ``T = 1``.
@@ -108,7 +110,9 @@ class SharpnessAwareMinimization(keras.Model):
         # By the policy, `compile` decides about loss scaling.
         super().__init__(name=name, **{"dtype": model.dtype_policy, **kwargs})
         self.model = model
-        self.rho = rho
+        self._rho = as_nonnegative("rho", rho)
+        # State that a trace reads, but no weight, which would be saved; so Keras is not to find it.
+        object.__setattr__(self, "rho_variable", _scalar_state(self._rho, "rho"))
         self.adaptive = as_choice("adaptive", adaptive, ADAPTIVE)
         self.norm = as_choice("norm", norm, NORMS)
         self.eta = as_nonnegative("eta", eta)
@@ -130,8 +134,14 @@ class SharpnessAwareMinimization(keras.Model):
     @rho.setter
     def rho(self, rho: float) -> None:
         self._rho = as_nonnegative("rho", rho)
-        # A traced step contains the old value.
-        self.train_function = None
+        if keras.backend.backend() == "jax":
+            # During `fit` Keras has the state in arrays, and writes them to the variables later.
+            self.jax_state_sync()
+        self.rho_variable.assign(self._rho)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return [*super().variables, self.rho_variable]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.model(inputs, training=training)  # even if the `call` of the model does not take it
@@ -150,12 +160,12 @@ class SharpnessAwareMinimization(keras.Model):
         return variable.name in ("gamma", "beta") or (self.scope == "all" and not variable.overwrite_with_gradient)
 
     def train_step(self, *arguments: Any) -> Any:
-        if self.rho == 0:
-            return super().train_step(*arguments)
         if not self.built:
             # TensorFlow builds in the first pass, but the perturbed variables must be known before.
             self(keras.utils.unpack_x_y_sample_weight(arguments[-1])[0])
         if not self.perturbed_variables:
+            if self.rho == 0:
+                return super().train_step(*arguments)
             names = sorted({variable.name for variable in self.trainable_variables})
             raise ValueError(
                 "Argument `scope` must select trainable variables of the model; their names are "
@@ -163,13 +173,14 @@ class SharpnessAwareMinimization(keras.Model):
             )
         return passes.train_step(self, *arguments)
 
-    def perturb(self, values: Sequence, gradients: Sequence, loss_scale: Any) -> list:
+    def perturb(self, values: Sequence, gradients: Sequence, loss_scale: Any, rho: Any) -> list:
         """The values of the trainable variables with the perturbation added.
 
         Args:
             values: Tensors, one for each of the trainable variables.
             gradients: Gradients of the loss times `loss_scale`.
             loss_scale: Number or scalar tensor.
+            rho: The radius, a number or a scalar tensor.
         """
         variables = self.trainable_variables
         chosen = [i for i, variable in enumerate(variables) if self._is_perturbed(variable)]
@@ -178,7 +189,7 @@ class SharpnessAwareMinimization(keras.Model):
             [gradients[i] for i in chosen],
             [self.normalize_bias or not variables[i].name.endswith(("bias", "beta")) for i in chosen],
             loss_scale=loss_scale,
-            rho=self.rho,
+            rho=rho,
             adaptive=self.adaptive,
             norm=self.norm,
             eta=self.eta,
@@ -209,6 +220,12 @@ class SharpnessAwareMinimization(keras.Model):
             for key in ("model", "scope")
         }
         return cls(**{**config, **objects})
+
+
+def _scalar_state(value, name):
+    return keras.Variable(
+        value, dtype="float32", trainable=False, autocast=False, aggregation="only_first_replica", name=name
+    )
 
 
 def _check_model(model):

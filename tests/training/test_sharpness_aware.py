@@ -59,6 +59,8 @@ def fit(model, x, y, **arguments):
 
 
 def state_of(model):
+    if isinstance(model, SharpnessAwareMinimization):
+        model = model.model
     return [numpy(variable) for variable in model.variables]
 
 
@@ -172,6 +174,56 @@ def test_the_radius_can_be_set_between_steps():
     with pytest.raises(ValueError, match="`rho` must be .*Received: rho=-1"):
         sam.rho = -1
     assert sam.rho == 0.6
+
+
+class SetRadius(keras.callbacks.Callback):
+    """Sets the radius of each batch, and before the first epoch."""
+
+    def __init__(self, radii):
+        super().__init__()
+        self.radii = radii
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.rho = 7.0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.rho = self.radii[batch]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True] if BACKEND == "tensorflow" else ["auto"])
+def test_a_callback_sets_the_radius_without_a_new_trace(jit_compile):
+    x, y = data()
+    sam = SharpnessAwareMinimization(make_model(), 0.0)
+    sam.compile(keras.optimizers.SGD(RATE), "mse", jit_compile=jit_compile)
+    expected, traces = weights_of(sam), []
+    radii = (0.3, 0.0, 0.6)
+    for rho in radii:
+        expected = step_by_formula(expected, x, y, rho=rho)
+    perturb = sam.perturb
+    object.__setattr__(sam, "perturb", lambda *arguments: traces.append(1) or perturb(*arguments))
+    fit(sam, *(np.concatenate([a] * 3) for a in (x, y)), batch_size=len(x), callbacks=[SetRadius(radii)])
+    assert_weights(sam, expected)
+    assert BACKEND == "torch" or len(traces) == 1
+    assert sam.rho == 0.6 and "rho" not in [weight.name for weight in sam.weights]
+
+
+def test_a_tiny_radius_is_near_none_with_layers_that_assign_to_their_weights():
+    x, y = images()
+    after = []
+    for rho in (None, 0.0, 1e-7):
+        keras.utils.set_random_seed(2)
+        normalized = keras.layers.SpectralNormalization
+        model = keras.Sequential([keras.Input((6, 6, 3)), normalized(keras.layers.Conv2D(4, 3))])
+        model.add(keras.layers.LayerNormalization())
+        model.add(keras.layers.GlobalAveragePooling2D())
+        model.add(normalized(keras.layers.Dense(2)))
+        trained = model if rho is None else SharpnessAwareMinimization(model, rho, scope="all")
+        trained.compile(keras.optimizers.SGD(0.5), "mse")
+        fit(trained, x, y)
+        after.append(state_of(trained))
+    for plain, none, tiny in zip(*after, strict=True):
+        np.testing.assert_allclose(none, plain, atol=1e-6)
+        np.testing.assert_allclose(tiny, plain, atol=1e-5)
 
 
 # Steps by hand.
