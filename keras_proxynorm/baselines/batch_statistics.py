@@ -141,4 +141,5 @@ def _sample_sums(values, per_block):
     size = ops.shape(values)[0]
     blocks = ops.arange(size) // per_block
     # As many segments as samples are enough for any size of a block; those that are not used are never read.
-    return ops.take(ops.segment_sum(values, blocks, num_segments=size), blocks, axis=0)
+    segments = max(size, 1) if isinstance(size, int) else size
+    return ops.take(ops.segment_sum(values, blocks, num_segments=segments), blocks, axis=0)

@@ -216,7 +216,8 @@ class CrossIterationBatchNormalization(KernelNormalization):
             derivatives = [ops.expand_dims(derivative, 0) for derivative in both]
             present += [self._products(derivatives, kernel), *derivatives]
         for weight, value in zip(self._history, present, strict=True):
-            weight.assign(ops.where(is_any, ops.concatenate([ops.stop_gradient(value), weight[:-1]]), weight))
+            past = ops.convert_to_tensor(weight)
+            weight.assign(ops.where(is_any, ops.concatenate([ops.stop_gradient(value), past[:-1]]), past))
 
     def _average(self, past_distances, past_variances, distance, variance):
         # The youngest come first. What is older than the end of `burn_in` is there, and has the weight 0.
