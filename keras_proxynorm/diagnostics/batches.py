@@ -23,7 +23,8 @@ def batches(data: Any, batch_size: int = 32, steps: int | None = None, verbose: 
             structures of these; or a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch` data loader, a generator,
             a list of tuples or any other iterable of such batches.
         batch_size: Positive integer, the size of the batches that arrays are split into.
-        steps: Positive integer, the maximum number of batches, or None for all.
+        steps: Positive integer, the maximum number of batches, or None for all. Data that is known to be endless needs
+            it.
         verbose: 1 for a progress bar, 0 for none.
 
     Yields:
@@ -34,7 +35,13 @@ def batches(data: Any, batch_size: int = 32, steps: int | None = None, verbose: 
     """
     batch_size = as_positive_integer("batch_size", batch_size)
     steps = as_positive_integer_or_none("steps", steps)
-    return _with_progress(*_source(data, batch_size), steps, verbose)
+    source, count = _source(data, batch_size)
+    if steps is None and _is_endless(data):
+        raise ValueError(
+            "Argument `steps` must be a positive integer, the number of batches to take, for data that never ends. "
+            f"Received: steps=None, data of the type {type(data).__name__}"
+        )
+    return _with_progress(source, count, steps, verbose)
 
 
 def _source(data, batch_size) -> tuple[Iterable, int | None]:
@@ -73,6 +80,15 @@ def _source(data, batch_size) -> tuple[Iterable, int | None]:
         # TensorFlow datasets of unknown or infinite length, and generators.
         count = None
     return data, count
+
+
+def _is_endless(data):
+    """Whether data says of itself that it never ends; generators cannot."""
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches is None
+    # tf.data has -1 for infinity, -2 for a number that is not known.
+    cardinality = getattr(data, "cardinality", None)
+    return isinstance(data, itertools.cycle) or (callable(cardinality) and int(cardinality()) == -1)
 
 
 def _with_progress(source, count, steps, verbose):

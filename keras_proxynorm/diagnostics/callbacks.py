@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_proxynorm.arguments import as_positive_integer
-from keras_proxynorm.diagnostics.batches import Batch
+from keras_proxynorm.diagnostics.batches import Batch, batches
 from keras_proxynorm.diagnostics.gradients import LossLike
 from keras_proxynorm.diagnostics.landscape import loss_landscape
 from keras_proxynorm.diagnostics.power import power_decomposition
@@ -127,6 +127,8 @@ class LogPowerDecomposition(_Log):
         steps: int | None = None,
     ) -> None:
         super().__init__(data, every, log_dir, name)
+        # For its errors, which come before an epoch of training then.
+        batches(data, batch_size, steps)
         self.options = {
             "layers": layers,
             "training": training,
@@ -187,6 +189,8 @@ class LogSignalPropagation(_Log):
         steps: int | None = None,
     ) -> None:
         super().__init__(data, every, log_dir, name)
+        # For its errors, which come before an epoch of training then.
+        batches(data, batch_size, steps)
         self.options = {
             "layers": layers,
             "loss": loss,

@@ -9,6 +9,7 @@ from backends import BACKEND
 from diagnostics.samples import Numbers, lists, normal
 
 from keras_proxynorm.arguments import check_built_model
+from keras_proxynorm.diagnostics import LogPowerDecomposition, LogSignalPropagation
 from keras_proxynorm.diagnostics.batches import batches
 
 X, Y, W = normal(7, 4), np.arange(7), normal(7, seed=1)
@@ -199,3 +200,30 @@ def test_list_of_tuples_is_a_dataset():
     x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
     received = list(batches([(x[:4], y[:4]), (x[4:], y[4:])], batch_size=1))
     assert [len(inputs) for inputs, _, _ in received] == [4, 2]
+
+
+class Endless(keras.utils.PyDataset):
+    @property
+    def num_batches(self):
+        return None
+
+    def __getitem__(self, index):
+        return X, Y
+
+
+def repeated_dataset():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(3).repeat()
+
+
+@pytest.mark.parametrize("make", [Endless, repeated_dataset, lambda: itertools.cycle([(X, Y)])])
+def test_endless_data_needs_steps(make):
+    with pytest.raises(
+        ValueError, match="`steps` must be a positive integer.*never ends. Received: steps=None, data of"
+    ):
+        batches(make())
+    assert len(list(batches(make(), steps=5))) == 5
+    for callback in (LogPowerDecomposition, LogSignalPropagation):
+        with pytest.raises(ValueError, match="`steps`|`data` must be data that can be iterated repeatedly"):
+            callback(make())

@@ -245,12 +245,14 @@ def test_bad_every(kind, every):
 def test_bad_arguments_are_named():
     for callback, name in (
         (LogPowerDecomposition(X, "nothing"), "layers"),
-        (LogPowerDecomposition(X, batch_size=0), "batch_size"),
         (LogLossLandscape((X, Y), step_sizes=[0]), "step_sizes"),
         (LogLossLandscape(X), "batch"),
     ):
         with pytest.raises(ValueError, match=f"Argument `{name}`"):
             fit(model_and(), callback, epochs=1)
+    # Those of the data before an epoch of training.
+    with pytest.raises(ValueError, match="Argument `batch_size`"):
+        LogPowerDecomposition(X, batch_size=0)
 
 
 def test_a_slash_in_names():
