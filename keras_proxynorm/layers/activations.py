@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_proxynorm.arguments import argument_error
-from keras_proxynorm.moments import resolve_activation
+from keras_proxynorm.moments import ElementwiseActivation, resolve_activation
 
 __all__ = ["PartialActivation", "WithActivation"]
 
@@ -32,6 +32,9 @@ class PartialActivation(functools.partial):
 class WithActivation:
     """The property `activation` of layers with an elementwise activation, which a file can hold."""
 
+    _activation: Any
+    _resolved: ElementwiseActivation
+
     @property
     def activation(self) -> Callable:
         """The activation, as a function or a layer. Assigning another one takes effect at the next call or tracing."""
@@ -49,7 +52,7 @@ class WithActivation:
             super().__setattr__(name, value)
 
     @property
-    def _elementwise(self):
+    def _elementwise(self) -> ElementwiseActivation:
         # Activation layers of Keras may get other attributes. Others are evaluated as they are, and looked at once.
         return resolve_activation(self._activation) if self._resolved.is_standard else self._resolved
 
@@ -82,8 +85,8 @@ def _has_a_name(function):
 def _can_be_saved(function):
     if inspect.isfunction(function):
         return True
-    # Keras writes the name of a method, but cannot find a method by its name.
-    if inspect.ismethod(function):
+    # Keras writes the name of a method, but cannot find a method by its name. Of a variable it writes the value.
+    if inspect.ismethod(function) or any(hasattr(x, "assign") for x in getattr(function, "keywords", {}).values()):
         return False
     try:
         keras.activations.serialize(function)

@@ -16,7 +16,13 @@ from keras import activations, ops
 from keras_proxynorm.arguments import argument_error
 from keras_proxynorm.moments.closed_forms import exponential_moments, rectifier_moments
 from keras_proxynorm.moments.precision import Tensor
-from keras_proxynorm.moments.quadrature import piecewise_smooth_moments, quantile_moments, smooth_moments
+from keras_proxynorm.moments.quadrature import (
+    PIECE_NODES,
+    SMOOTH_NODES,
+    piecewise_smooth_moments,
+    quantile_moments,
+    smooth_moments,
+)
 
 __all__ = ["METHODS", "ElementwiseActivation", "register_activation", "resolve_activation"]
 
@@ -68,11 +74,10 @@ class ElementwiseActivation:
         if self.slopes is not None:
             (kink,), (left, right) = self.kinks, self.slopes
             return rectifier_moments(kink, left, right, mean, stddev)
-        nodes = {} if self.nodes is None else {"nodes": self.nodes}
         if self.kinks:
-            nodes["differentiate_pieces"] = self.is_vouched_for
-            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev, **nodes)
-        return smooth_moments(self.function, mean, stddev, **nodes)
+            nodes = self.nodes or PIECE_NODES
+            return piecewise_smooth_moments(self.function, self.kinks, mean, stddev, nodes, self.is_vouched_for)
+        return smooth_moments(self.function, mean, stddev, self.nodes or SMOOTH_NODES)
 
 
 def _relu_shape(negative_slope=0.0, max_value=None, threshold=0.0):
@@ -315,7 +320,7 @@ def _imported(path):
 def _shape_in_keras(function):
     """The shape of the elementwise function of Keras that a function of a library equals, or None."""
     values = _evaluate(function, _PROBE)
-    candidates = [(known, {}) for known in _SHAPES if known is not activations.threshold]
+    candidates: list[tuple[Callable, dict]] = [(known, {}) for known in _SHAPES if known is not activations.threshold]
     # Defaults of other libraries.
     candidates += [(activations.gelu, {"approximate": True}), (activations.leaky_relu, {"negative_slope": 0.01})]
     for known, arguments in candidates:
@@ -352,7 +357,7 @@ def _examine(function, activation):
         return ElementwiseActivation(function, **shape, is_standard=True)
     kinks = _find_kinks(function)
     # Gauss-Legendre nodes are less dense in the middle of their piece.
-    nodes = max(48, 2 * _NODES_FOR_ANY_KINKS // (len(kinks) + 1)) if kinks else _NODES_FOR_ANY_KINKS
+    nodes = max(PIECE_NODES, 2 * _NODES_FOR_ANY_KINKS // (len(kinks) + 1)) if kinks else _NODES_FOR_ANY_KINKS
     examined = ElementwiseActivation(function, kinks, is_vouched_for=False, nodes=nodes)
     inaccuracy = _inaccuracy(examined)
     if inaccuracy > 3e-5:

@@ -10,15 +10,26 @@ from keras import ops
 
 from keras_proxynorm.moments.precision import Tensor
 
-__all__ = ["piecewise_smooth_moments", "quantile_moments", "smooth_moments", "standardized"]
+__all__ = [
+    "PIECE_NODES",
+    "SMOOTH_NODES",
+    "piecewise_smooth_moments",
+    "quantile_moments",
+    "smooth_moments",
+    "standardized",
+]
 
 # The mass of a standard normal beyond 6.5 is 8e-11: below float32 rounding for activations that grow like a line.
 _HALF_WIDTH = 6.5
+SMOOTH_NODES = 129
+PIECE_NODES = 48
 # Added to a standard deviation that is divided by: its square is a normal float32 number, so gradients stay finite.
 _TINY = 1e-12
 
 
-def smooth_moments(function: Callable, mean: Tensor, stddev: Tensor, nodes: int = 129) -> tuple[Tensor, Tensor]:
+def smooth_moments(
+    function: Callable, mean: Tensor, stddev: Tensor, nodes: int = SMOOTH_NODES
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for an analytic ``function``.
 
     The trapezoid rule on equally spaced points over 6.5 standard deviations to each side. For analytic integrands that
@@ -37,7 +48,7 @@ def piecewise_smooth_moments(
     kinks: Sequence[float],
     mean: Tensor,
     stddev: Tensor,
-    nodes: int = 48,
+    nodes: int = PIECE_NODES,
     differentiate_pieces: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of ``function(U)``, ``U ~ N(mean, stddev ** 2)``, for a `function` smooth between `kinks`.

@@ -133,6 +133,7 @@ REFUSED = {
     "object": Nameless(),
     "layer without config": WithoutConfig(Nameless()),
     "argument without config": functools.partial(leaning, slope=Nameless()),
+    "variable as an argument": functools.partial(leaning, slope=keras.Variable(0.5)),
 }
 
 
@@ -158,3 +159,93 @@ def test_what_keras_can_save_is_taken(name):
         layer = LAYERS[name](activation)
         assert layer.activation is keras.activations.get(activation)
         assert layer.get_config()["activation"]
+
+
+def with_slope(name, value=0.2):
+    """A layer whose activation reads a variable that is its attribute."""
+    slope = keras.Variable(value, name="slope")
+
+    def leaky(x):
+        return keras.ops.maximum(x, slope * x)
+
+    layer = LAYERS[name](leaky)
+    layer.slope = slope
+    return layer
+
+
+@every_layer
+def test_a_variable_of_an_activation_takes_effect(name):
+    x = normal(2, 5, 8)
+    layer, expected = with_slope(name), LAYERS[name](keras.layers.LeakyReLU(0.9))
+    before = numpy(layer(x))
+    layer.slope.assign(0.9)
+    expected.build(x.shape)
+    expected.set_weights([numpy(w) for w in layer.weights if w is not layer.slope])
+    np.testing.assert_allclose(numpy(layer(x)), numpy(expected(x)), atol=2e-5)
+    assert np.abs(numpy(layer(x)) - before).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["group", "layer", "activation"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_variable_of_an_activation_is_trained(name, jit_compile):
+    """One step of gradient descent moves it by the derivative of the loss, of which the moments are a part."""
+    if jit_compile and BACKEND == "torch":
+        pytest.skip("torch.compile is not for one step")
+    layer, x, y = with_slope(name), normal(8, 5, 8), normal(8, 5, 8)
+    model = keras.Sequential([keras.Input((5, 8)), layer])
+    assert any(v is layer.slope for v in model.trainable_variables)
+    randomize(layer)
+    layer.slope.assign(0.2)
+    losses = []
+    for slope in (0.19, 0.21):
+        layer.slope.assign(slope)
+        losses.append(np.mean(np.square(numpy(model(x)).astype("float64") - y)))
+    layer.slope.assign(0.2)
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+    model.fit(x, y, batch_size=8, verbose=0)
+    moved = float(numpy(layer.slope)) - 0.2
+    np.testing.assert_allclose(moved, -0.1 * (losses[1] - losses[0]) / 0.02, rtol=1e-2)
+    # And the next call uses it.
+    expected = LAYERS[name](keras.layers.LeakyReLU(float(numpy(layer.slope))))
+    expected.build(x.shape)
+    expected.set_weights([numpy(w) for w in layer.weights if w is not layer.slope])
+    np.testing.assert_allclose(model.predict(x, verbose=0), numpy(expected(x)), atol=2e-5)
+
+
+class LearnedSlope(kp.GroupNormProxy):
+    """As in the documentation of `register_activation`."""
+
+    def __init__(self, groups=32, **kwargs):
+        slope = keras.Variable(0.25, name="slope")
+
+        def leaky(x):
+            return keras.ops.maximum(x, slope * x)
+
+        super().__init__(groups, activation=leaky, **kwargs)
+        self.slope = slope
+
+    def get_config(self):
+        config = super().get_config()
+        del config["activation"]
+        return config
+
+
+def test_a_variable_of_an_activation_is_saved(tmp_path):
+    model, x = keras.Sequential([keras.Input((5, 8)), LearnedSlope(4)]), normal(2, 5, 8)
+    randomize(model)
+    model.layers[0].slope.assign(0.7)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"LearnedSlope": LearnedSlope})
+    assert float(numpy(loaded.layers[0].slope)) == np.float32(0.7)
+    np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
+
+
+@every_layer
+def test_attributes_of_an_activation_layer_take_effect(name):
+    x, activation = normal(2, 5, 8), keras.layers.LeakyReLU(0.1)
+    layer, expected = LAYERS[name](activation), LAYERS[name](keras.layers.LeakyReLU(0.8))
+    layer(x)
+    activation.negative_slope = 0.8
+    expected.build(x.shape)
+    expected.set_weights(layer.get_weights())
+    np.testing.assert_array_equal(numpy(layer(x)), numpy(expected(x)))
