@@ -138,7 +138,10 @@ _SHAPES: dict[Callable, Callable[..., dict]] = {
 _NOT_ELEMENTWISE = (activations.glu, activations.log_softmax, activations.softmax, activations.sparsemax)
 
 # Where functions are found that are known by identity, if these modules are imported.
-_LIBRARIES = ("keras.ops", "tensorflow.nn", "tensorflow.math", "jax.nn", "jax.numpy", "torch", "torch.nn.functional")
+_LIBRARIES = (
+    *("keras.ops", "tensorflow", "tensorflow.nn", "tensorflow.math"),
+    *("jax.nn", "jax.numpy", "torch", "torch.nn.functional"),
+)
 
 # Nodes that are enough wherever an unknown function has kinks now, or will have them once its variables have changed.
 _NODES_FOR_ANY_KINKS = 1025
