@@ -185,8 +185,9 @@ def test_a_variable_of_an_activation_takes_effect(name):
     assert np.abs(numpy(layer(x)) - before).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["group", "layer", "activation"])
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "name, jit_compile", [("group", False), ("group", True), ("layer", False), ("activation", False)]
+)
 def test_a_variable_of_an_activation_is_trained(name, jit_compile):
     """One step of gradient descent moves it by the derivative of the loss, of which the moments are a part."""
     if jit_compile and BACKEND == "torch":
