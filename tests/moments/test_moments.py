@@ -225,10 +225,10 @@ CHANGING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, method",
-    [*((name, "exact") for name in CHANGING), ("linear that is bent", "quantiles"), ("swish", "quantiles")],
-)
+ALSO_IN_QUANTILES = [("linear that is bent", "quantiles"), ("swish", "quantiles")]
+
+
+@pytest.mark.parametrize("name, method", [*((name, "exact") for name in CHANGING), *ALSO_IN_QUANTILES])
 def test_activations_that_change(name, method):
     """Values and gradients are those of the function as it is now, not of what it was when it was looked at."""
     make, formula, kinks, before, now = CHANGING[name]
@@ -257,7 +257,7 @@ def test_activations_that_change(name, method):
         moved = ([x + h * direction if i == j else x for j, x in enumerate(arguments)] for h in (-1e-4, 1e-4))
         low, high = (np.sum(up * mean + down * variance) for mean, variance in (expected(*xs) for xs in moved))
         slopes.append((high - low) / 2e-4)
-    for mode in MODES:
+    for mode in MODES if name in ("linear that is bent", "registered", "moving kink") else MODES[:1]:
         both = compiled(lambda *xs: (moments_now(*xs), gradients(scalar, *xs)), mode)
         found, by_arguments = both(*tensors(*map(np.float32, arguments)))
         assert max(reference.errors([numpy(x) for x in found], expected(*arguments))) <= (1.5e-5 if exact else 5e-2)
