@@ -81,6 +81,7 @@ def test_what_an_activation_stands_for(activation, expected, kinks):
     np.testing.assert_allclose(values(resolved.function), values(expected), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The moments of the activation")
 def test_what_looks_like_a_function_of_keras_is_not_taken_for_it():
     for activation in (
         lambda x: ops.relu(x),
@@ -116,6 +117,7 @@ def test_functions_of_the_backend_are_known_by_identity(name):
     if name == "leaky_relu":
         by_name = dataclasses.replace(by_name, slopes=(0.2 if LIBRARY[0] == "tensorflow.nn" else 0.01, 1.0))
     assert dataclasses.replace(by_name, function=function) == resolved
+    assert resolve_activation(keras.layers.Activation(function)) == resolved
     with pytest.raises(ValueError, match="`fn` must be an activation of your own"):
         register_activation(function)
 
@@ -127,12 +129,14 @@ def test_the_identity_of_tensorflow_is_linear():
     assert resolve_activation(tf.identity).is_identity
 
 
+@pytest.mark.filterwarnings("ignore:The moments of the activation")
 def test_kinks_are_found_by_looking():
     def crooked(x):
         steps = ops.where(x > 2.5, 2.0, 0.0) + ops.sign(x + 4)
         return ops.maximum(x + 1, 0.9 * (x + 1)) + steps + ops.abs(x - 7.875)
 
     assert resolve_activation(crooked).kinks == (-4, -1, 2.5, 7.875)
+    assert resolve_activation(lambda x: ops.round(16 * x) / 16).kinks == ()
     assert resolve_activation(ops.round).kinks == tuple(np.arange(-7.5, 8))
     for smooth in (
         ops.sin,
