@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -154,18 +155,28 @@ def check_batch(name: str, model: keras.Model, data: Any) -> None:
         data: The value of the argument.
 
     Raises:
-        ValueError: If there are no samples, or if the model does not run.
+        ValueError: If there are no samples, or if the model does not run. A fault of this package is raised as it is.
     """
     try:
-        if {len(x) for x in keras.tree.flatten(data) if x is not None} <= {0}:
+        shapes = [tuple(getattr(x, "shape", ())) for x in keras.tree.flatten(data) if x is not None]
+        if {shape[:1] for shape in shapes} <= {(0,)}:
             raise ValueError("there are no samples in it")
         model(data, training=False)
     except Exception as error:  # whatever the layers of the user raise
+        if _is_fault_of_package(error):
+            raise
         received = keras.tree.map_structure(lambda x: f"shape {tuple(x.shape)}" if hasattr(x, "shape") else x, data)
         raise ValueError(
             f"Argument `{name}` must be a batch of inputs of the model, as for a call of it. Received: {received}, "
             f"with which the model '{model.name}' does not run: {error}"
         ) from error
+
+
+def _is_fault_of_package(error):
+    """Whether code of this package raised it, and not to name an argument that is wrong."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package == __name__.partition(".")[0] and not isinstance(error, ValueError)
 
 
 def is_visible(x: Any) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from diagnostics.samples import L, all_state, images, normal, small, unchanged
 
 from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.observation.calls import check_batch, observed
+from keras_proxynorm.observation.calls import _Hook, check_batch, observed
 
 
 class MeetingPoint(L.Layer):
@@ -155,3 +155,12 @@ def test_a_batch_that_runs_leaves_the_model_as_it_was():
     check_batch("data", model, images()[0])
     for a, b in zip(before, all_state(model), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_fault_of_this_package_is_not_blamed_on_the_batch():
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2, name="dense")])
+    hook = _Hook(model.get_layer("dense"))
+    hook.call = None
+    object.__setattr__(hook.layer, "call", hook)
+    with pytest.raises(TypeError, match="not callable"):
+        check_batch("data", model, normal(2, 3))
