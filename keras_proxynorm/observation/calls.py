@@ -35,7 +35,7 @@ class _Hook:
 
     def __init__(self, layer):
         self.layer, self.call, self.is_own = layer, layer.call, "call" in vars(layer)
-        self.users = 0
+        self.users: set[object] = set()
 
     def __call__(self, *args, **kwargs):
         call = self.call
@@ -49,24 +49,27 @@ def _observed_call(name, layer, call, observe):
     return lambda *args, **kwargs: observe(name, layer, call, args, kwargs)
 
 
-def _install(layer):
+def _install(layer, user):
     with _hooks_lock:
         hook = vars(layer).get("call")
         if not isinstance(hook, _Hook):
             hook = _Hook(layer)
             # Past Keras and PyTorch, which track attributes.
             object.__setattr__(layer, "call", hook)
-        hook.users += 1
-        return hook
+        hook.users.add(user)
 
 
-def _remove(hook):
+def _remove(layer, user):
+    """Undoes `_install`, even one that was interrupted or did not begin."""
     with _hooks_lock:
-        hook.users -= 1
+        hook = vars(layer).get("call")
+        if not isinstance(hook, _Hook):
+            return
+        hook.users.discard(user)
         if not hook.users and hook.is_own:
-            object.__setattr__(hook.layer, "call", hook.call)
+            object.__setattr__(layer, "call", hook.call)
         elif not hook.users:
-            object.__delattr__(hook.layer, "call")
+            object.__delattr__(layer, "call")
 
 
 @contextlib.contextmanager
@@ -81,10 +84,15 @@ def observed(layers: Mapping[str, keras.layers.Layer], observe: Callable) -> Ite
             returns what the call returns.
     """
     observer = {id(layer): name for name, layer in layers.items()}, observe
+    user = object()
     with contextlib.ExitStack() as stack:
+        # An interrupt can come between any two lines: what undoes a change is registered before it.
         for layer in layers.values():
-            stack.callback(_remove, _install(layer))
-        stack.callback(_observers.reset, _observers.set((*_observers.get(), observer)))
+            stack.callback(_remove, layer, user)
+            _install(layer, user)
+        before = _observers.get()
+        stack.callback(_observers.set, before)
+        _observers.set((*before, observer))
         yield
 
 

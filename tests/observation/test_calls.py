@@ -1,5 +1,7 @@
 """Hooks on calls of layers: who observes what, from several threads at once, and what is left behind."""
 
+import itertools
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +11,7 @@ import pytest
 from diagnostics.samples import L, all_state, images, normal, small, unchanged
 
 from keras_proxynorm.diagnostics import power_decomposition
-from keras_proxynorm.observation.calls import _Hook, check_batch, observed
+from keras_proxynorm.observation.calls import _Hook, _observers, check_batch, observed
 
 
 class MeetingPoint(L.Layer):
@@ -164,3 +166,27 @@ def test_a_fault_of_this_package_is_not_blamed_on_the_batch():
     object.__setattr__(hook.layer, "call", hook)
     with pytest.raises(TypeError, match="not callable"):
         check_batch("data", model, normal(2, 3))
+
+
+@pytest.mark.parametrize("line", range(12))
+def test_an_interrupt_while_hooks_are_set_leaves_none(line):
+    model, lines = small(), itertools.count()
+    layers = {layer.name: layer for layer in model.layers[1:]}
+
+    def interrupt(frame, event, argument):
+        if frame.f_code is not observed.__wrapped__.__code__ and frame.f_code.co_name != "_install":
+            return None
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            sys.settrace(interrupt)
+            with observed(layers, doubled([])):
+                pass
+        finally:
+            sys.settrace(before)
+    assert not any("call" in vars(layer) for layer in layers.values())
+    assert _observers.get() == ()
