@@ -67,7 +67,13 @@ def _set_proxies(model, layers, data):
         layer.proxy.assign(np.stack([mean, stddev - 1]))
         visited.append(layer)
 
-    visit_normalized_inputs(model, layers, data, set_proxy)
+    before = [np.array(keras.ops.convert_to_numpy(layer.proxy)) for layer in layers]  # copies, as PyTorch shares memory
+    try:
+        visit_normalized_inputs(model, layers, data, set_proxy)
+    except BaseException:  # also an interrupt
+        for layer, proxy in zip(layers, before, strict=True):
+            layer.proxy.assign(proxy)
+        raise
     return len(visited)
 
 

@@ -173,3 +173,19 @@ def test_with_xla():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_interrupt_leaves_the_proxies_as_they_were(monkeypatch):
+    layers = [kp.LayerNormProxy(name=name) for name in ("first", "second")]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *layers])
+    images = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype("float32") ** 3
+
+    def interrupted(layer, *arguments, **kwargs):
+        if np.any(keras.ops.convert_to_numpy(layers[0].proxy)):
+            raise KeyboardInterrupt
+        return images
+
+    monkeypatch.setattr(type(layers[1]), "normalize_inputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_proxies(model, images)
+    assert not any(np.any(keras.ops.convert_to_numpy(layer.proxy)) for layer in layers)
