@@ -12,6 +12,7 @@ __all__ = [
     "argument_error",
     "as_boolean",
     "as_choice",
+    "as_epsilon",
     "as_fraction",
     "as_groups",
     "as_integer",
@@ -69,6 +70,14 @@ def as_nonnegative(name: str, value: Any) -> float:
     if not 0 <= _number(value) < math.inf:
         raise argument_error(name, value, "a finite number that is not negative")
     return float(value)
+
+
+def as_epsilon(name: str, value: Any) -> float:
+    """`value` as a finite Python float that can be added to a variance of 0, and then divided by: 1e-12 or more.
+
+    It is the smallest for which second derivatives are numbers of float32.
+    """
+    return max(as_nonnegative(name, value), 1e-12)
 
 
 def as_positive(name: str, value: Any) -> float:

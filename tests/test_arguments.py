@@ -31,6 +31,7 @@ TABLE = {
         {0: 0.0, 1e-3: 1e-3, np.float32(0.5): 0.5, fractions.Fraction(1, 4): 0.25},
         [*NO_NUMBERS, -1e-9, INF, -INF, np.float32(INF), 10**400],
     ),
+    arguments.as_epsilon: ({0: 1e-12, 1e-30: 1e-12, 0.5: 0.5}, [*NO_NUMBERS, -1e-9, INF, 10**400]),
     arguments.as_positive: ({1: 1.0, 1e-30: 1e-30, np.float64(2): 2.0}, [*NO_NUMBERS, 0, -1, INF, 10**400]),
     arguments.as_fraction: ({0: 0.0, 1: 1.0, np.float32(0.5): 0.5}, [*NO_NUMBERS, -0.1, 1.1, INF, -(10**400)]),
 }

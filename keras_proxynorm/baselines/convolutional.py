@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_boolean, as_fraction, as_nonnegative
+from keras_proxynorm.arguments import as_boolean, as_epsilon, as_fraction
 from keras_proxynorm.baselines.frequencies import filter_frequencies, kernel_power
 from keras_proxynorm.baselines.kernel_normalization import KernelNormalization
 from keras_proxynorm.layers.base import InitializerLike, Shape
@@ -105,9 +105,9 @@ class ConvolutionalNormalization(KernelNormalization):
     ) -> None:
         super().__init__(layer, **kwargs)
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
         self.batch_normalization = as_boolean("batch_normalization", batch_normalization)
-        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
+        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
         self.depthwise_initializer = keras.initializers.get(depthwise_initializer)
         self.moving_spectrum = as_boolean("moving_spectrum", moving_spectrum)
         self.spectrum_momentum = (

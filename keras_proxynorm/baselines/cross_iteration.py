@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_proxynorm.arguments import (
     as_choice,
+    as_epsilon,
     as_fraction,
     as_nonnegative,
     as_nonnegative_integer,
@@ -121,7 +122,7 @@ class CrossIterationBatchNormalization(KernelNormalization):
         self.window = as_positive_integer("window", window)
         self.burn_in = as_nonnegative_integer("burn_in", burn_in)
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
         # True is 1.
         compensation = float(compensation) if isinstance(compensation, bool) else compensation
         self.compensation = as_nonnegative("compensation", compensation)

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_boolean, as_groups, as_nonnegative, check_divides_channels
+from keras_proxynorm.arguments import as_boolean, as_epsilon, as_groups, check_divides_channels
 from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
 from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.kernels.channels import broadcast
@@ -72,7 +72,7 @@ class EvoNormS0(NormalizationLayer):
     ) -> None:
         super().__init__(axis=axis, **kwargs)
         self.groups = as_groups("groups", groups)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
         self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.v_initializer = keras.initializers.get(v_initializer)
         self.unbiased = as_boolean("unbiased", unbiased)

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_boolean, as_nonnegative
+from keras_proxynorm.arguments import as_boolean, as_epsilon
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
 from keras_proxynorm.kernels.statistics import expand_mask, group_size
@@ -69,7 +69,7 @@ class FilterResponseNormalization(NormalizationLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(axis=axis, **kwargs)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
         self.learn_epsilon = as_boolean("learn_epsilon", learn_epsilon)
         self.nonlinearity = as_boolean("nonlinearity", nonlinearity)
         self.tau_initializer = keras.initializers.get(tau_initializer)

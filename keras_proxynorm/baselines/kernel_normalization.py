@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import argument_error, as_nonnegative
+from keras_proxynorm.arguments import argument_error, as_epsilon
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.layers.activations import WithActivation
 from keras_proxynorm.layers.base import ActivationLike, NormalizationLayer, Shape
@@ -157,7 +157,7 @@ class ActivatedKernelNormalization(WithActivation, KernelNormalization):
         **kwargs: Any,
     ) -> None:
         super().__init__(layer, **kwargs)
-        self.kernel_epsilon = as_nonnegative("kernel_epsilon", kernel_epsilon)
+        self.kernel_epsilon = as_epsilon("kernel_epsilon", kernel_epsilon)
         self.activation = activation
 
     def _standard_moments(self, dtype):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_proxynorm.arguments import as_fraction, as_nonnegative
+from keras_proxynorm.arguments import as_epsilon, as_fraction
 from keras_proxynorm.kernels.statistics import expand_mask
 from keras_proxynorm.layers.base import NormalizationLayer, Shape
 from keras_proxynorm.moments import Tensor
@@ -26,7 +26,7 @@ class MovingStatisticsLayer(NormalizationLayer):
     def __init__(self, momentum: float, epsilon: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.momentum = as_fraction("momentum", momentum)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
         self.moving_mean: Any = None
         self.moving_variance: Any = None
 

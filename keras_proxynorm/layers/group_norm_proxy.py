@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import as_groups, as_nonnegative, check_divides_channels
+from keras_proxynorm.arguments import as_epsilon, as_groups, check_divides_channels
 from keras_proxynorm.layers.base import (
     ActivationLike,
     ConstraintLike,
@@ -42,7 +42,8 @@ class GroupNormProxy(ProxyNormalizationLayer):
         groups: Integer, the number of groups of channels; it must divide the number of channels. -1 means one group
             for each channel (instance normalization). Defaults to 32.
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
-        epsilon: Float, added to the variance of the input. Defaults to 1e-3.
+        epsilon: Float, added to the variance of the input. Less than 1e-12 counts as that, so that constant inputs have
+            finite gradients; likewise for `proxy_epsilon`. Defaults to 1e-3.
         center: If True, add `beta` before the activation. Defaults to True.
         scale: If True, multiply by `gamma` before the activation. Defaults to True.
         beta_initializer, gamma_initializer: Initializers of `beta` and `gamma`. Default to zeros and ones.
@@ -131,7 +132,7 @@ class GroupNormProxy(ProxyNormalizationLayer):
     ) -> None:
         super().__init__(**arguments_passed_on(locals(), without=("groups", "epsilon")))
         self.groups = as_groups("groups", groups)
-        self.epsilon = as_nonnegative("epsilon", epsilon)
+        self.epsilon = as_epsilon("epsilon", epsilon)
 
     def _number_of_groups(self, shape):
         return self._channels(shape) if self.groups == -1 else self.groups

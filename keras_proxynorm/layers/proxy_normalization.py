@@ -7,7 +7,7 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_proxynorm import kernels
-from keras_proxynorm.arguments import argument_error, as_boolean, as_choice, as_nonnegative, as_positive_integer
+from keras_proxynorm.arguments import argument_error, as_boolean, as_choice, as_epsilon, as_positive_integer
 from keras_proxynorm.layers.activations import WithActivation
 from keras_proxynorm.layers.base import (
     ActivationLike,
@@ -44,7 +44,7 @@ class ProxyNormalizationLayer(WithActivation, NormalizationLayer):
         super().__init__(**kwargs)
         self.proxy: Any = None
         self.activation = activation
-        self.proxy_epsilon = as_nonnegative("proxy_epsilon", proxy_epsilon)
+        self.proxy_epsilon = as_epsilon("proxy_epsilon", proxy_epsilon)
         self.proxy_moments = as_choice("proxy_moments", proxy_moments, METHODS)
         self.num_quantiles = as_positive_integer("num_quantiles", num_quantiles)
         self.learn_proxy = as_boolean("learn_proxy", learn_proxy)

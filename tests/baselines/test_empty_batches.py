@@ -56,7 +56,7 @@ def test_an_empty_batch_changes_nothing(name, mode, size):
         np.testing.assert_array_equal(numpy(gradient), np.zeros(gradient.shape))
 
 
-def test_a_model_trains_on_after_an_empty_batch():
+def test_a_training_step_of_an_empty_batch():
     model = keras.Sequential([keras.Input((4, 4, 8)), *(built(make, (None, 4, 4, 8)) for make in LAYERS.values())])
     model.compile("sgd", "mse")
     x = np.random.default_rng(0).standard_normal((0, 4, 4, 8)).astype("float32")
