@@ -140,14 +140,21 @@ class BatchGroupNormalization(MovingStatisticsLayer):
             moments = Moments(*(ops.repeat(moment, x.shape[axis] // self.groups, axis=1) for moment in moments[:3]))
             return normalize(x, moments, axis, self.epsilon, gamma, beta)
         parts = normalize(self._by_features(x), moments, 1, self.epsilon)
-        sizes = [size for i, size in enumerate(x.shape) if i not in (0, axis)]
-        y = ops.moveaxis(ops.reshape(parts, (-1, x.shape[axis], *sizes)), 1, axis)
+        order = self._channels_first(x)
+        y = ops.reshape(parts, (-1, *(x.shape[i] for i in order[1:])))
+        y = ops.transpose(y, [order.index(i) for i in range(len(order))])
         return kernels.affine(y, broadcast(gamma, y, axis), broadcast(beta, y, axis))
 
     def _by_features(self, x):
         """The inputs as ``(batch, groups, features of a group)``, features in the order channel, height, width."""
         features = math.prod(x.shape[1:])
-        return ops.reshape(ops.moveaxis(x, self._channel_axis(x.shape), 1), (-1, self.groups, features // self.groups))
+        return ops.reshape(ops.transpose(x, self._channels_first(x)), (-1, self.groups, features // self.groups))
+
+    def _channels_first(self, x):
+        """The order of axes with the channels after the batch."""
+        axis = self._channel_axis(x.shape)
+        # Not ops.moveaxis, which PyTorch cannot vectorize.
+        return [0, axis, *(i for i in range(1, len(x.shape)) if i != axis)]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups, "use_moving_statistics": self.use_moving_statistics}
