@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, gradients, numpy, tensors
+from backends import BACKEND, check_gradients, float64_allowed, gradients, needs_float64, numpy, tensors
 from baselines.samples import ALONE, built, randomize
 from keras import ops
 
@@ -12,7 +12,7 @@ SHAPE = (None, 4, 3, 8)
 LAYERS = {
     "group": lambda **kw: kp.GroupNormProxy(2, activation="silu", **kw),
     "layer": lambda **kw: kp.LayerNormProxy(**kw),
-    "activation": lambda **kw: kp.ProxyActivation(activation="tanh", **kw),
+    "activation": lambda **kw: kp.ProxyActivation(activation="silu", **kw),
     "plain": lambda **kw: kp.GroupNormProxy(4, activation=None, **kw),
     **ALONE,
 }
@@ -91,3 +91,15 @@ def test_jacobians_are_of_one_example(name):
         np.testing.assert_allclose(numpy(torch.func.jacfwd(layer)(x)), whole, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(whole[0, ..., 1, :, :, :], 0)
     np.testing.assert_array_equal(whole[1, ..., 0, :, :, :], 0)
+
+
+@needs_float64
+@pytest.mark.parametrize("gamma", [None, 0.0])
+@pytest.mark.parametrize("name", ["group", "layer", "activation", "plain"])
+def test_gradient_penalties_of_constant_images(name, gamma):
+    """The squared norm of a gradient, and its gradient, where all pixels are equal, against finite differences."""
+    with float64_allowed():
+        layer = randomize(built(LAYERS[name], SHAPE, dtype="float64"))
+        if gamma is not None:
+            layer.gamma.assign(np.full(8, gamma))
+        check_gradients(lambda x: ops.sum(ops.power(layer(x), 3)), np.full((2, 4, 3, 8), 0.5), order=2, rtol=1e-5)
