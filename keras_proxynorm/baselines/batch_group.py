@@ -27,9 +27,7 @@ class BatchGroupNormalization(MovingStatisticsLayer):
     many groups as channels that is batch normalization; with fewer it needs fewer samples, and on a batch of one it is
     group normalization; with more, a group is part of a channel's map, and the size of the map must not change.
 
-    The paper ties the number of groups to the batch size of a device, the same for all layers: the smaller the batch,
-    the fewer groups. On ImageNet it takes 512, 256, 128, 64, 16, 2, 1 for 128, 64, 32, 16, 8, 4, 2 images (quoted from
-    memory).
+    The number of groups is to suit the batch size of a device: the smaller the batch, the fewer groups.
 
     Args:
         groups: Positive integer, the number of groups. It must divide the number of channels, or, if it does not, the

@@ -30,8 +30,8 @@ class EvoNormB0(MovingStatisticsLayer):
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         momentum: Float, the share of the moving average that stays in each step. Defaults to 0.9.
         epsilon: Float, added to both variances. Defaults to 1e-5.
-        nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, which is what stands in
-            the authors' networks where no activation follows (quoted from memory). Defaults to True.
+        nonlinearity: If False, the layer is `gamma` and `beta` alone, without normalization, as with
+            ``apply_act=False`` in timm. Defaults to True.
         v_initializer: Initializer of `v`. Defaults to ones.
         unbiased: If True, variances of a sample are unbiased, as in the code of Lubana et al. Defaults to False, the
             biased variances of Liu et al. A config without it, of version 0.1.0, means True.
@@ -56,8 +56,9 @@ class EvoNormB0(MovingStatisticsLayer):
 
     Reference:
 
-    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967)
-    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose formula this is
+    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, as in the `EvoNorm2dB0` of
+      [timm](https://github.com/huggingface/pytorch-image-models), whose moving variance is unbiased
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), with ``unbiased=True``
     """
 
     moves_mean = False
