@@ -65,7 +65,7 @@ def exclude_further_from_weight_decay(
 ) -> None:
     """Excludes variables from the weight decay of an optimizer; what was excluded before stays so."""
     # The public method replaces all that was excluded, and patterns cannot be read from it.
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", set())
+    excluded: set[Any] = getattr(optimizer, "_exclude_from_weight_decay", set())
     optimizer._exclude_from_weight_decay = excluded | {optimizer._var_key(variable) for variable in variables}
     optimizer._exclude_from_weight_decay_cache = {}
 

@@ -26,13 +26,13 @@ class Moments(NamedTuple):
         pivot: A constant for gradients, close to the mean.
         distance: The mean minus the pivot.
         variance: The biased variance.
-        count: How many values they are of, where a mask leaves some out; else None.
+        counts: How many values they are of, where a mask leaves some out; else None.
     """
 
     pivot: Tensor
     distance: Tensor
     variance: Tensor
-    count: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -67,7 +67,7 @@ def channel_moments(x: Tensor, axis: int, mask: Tensor | None = None) -> Moments
         mask: Optional boolean tensor, as `expand_mask` takes it. Where it is False, positions do not enter.
     """
     size = x.shape[axis]
-    tensors = group_moments(x, size, axis, mask)
+    tensors: tuple[Tensor, ...] = group_moments(x, size, axis, mask)
     if mask is not None:
         counted = ops.cast(expand_mask(mask, x, axis), x.dtype) * ops.ones_like(x)
         tensors = (*tensors, position_sums(counted, axis))
@@ -93,7 +93,7 @@ def merge(moments: Moments, groups: int | None = None, samples: int | None = Non
             return values
         return ops.sum(values, axis=0, keepdims=True) if samples is None else _sample_sums(values, samples)
 
-    weights = ops.ones_like(moments.variance) if moments.count is None else moments.count
+    weights = ops.ones_like(moments.variance) if moments.counts is None else moments.counts
     count = totals(weights)
 
     def average(values):
@@ -105,7 +105,7 @@ def merge(moments: Moments, groups: int | None = None, samples: int | None = Non
     means = (moments.pivot - pivot) + moments.distance
     distance = average(means)
     variance = average(moments.variance) + average(ops.square(means - distance))
-    return Moments(pivot, distance, variance, None if moments.count is None else count)
+    return Moments(pivot, distance, variance, None if moments.counts is None else count)
 
 
 def mix(first: Moments, second: Moments, weight: Any) -> Moments:
@@ -121,8 +121,8 @@ def mix(first: Moments, second: Moments, weight: Any) -> Moments:
 
 def batch_count(x: Tensor, axis: int, moments: Moments) -> Tensor:
     """How many values of a batch the moments of each channel are of, as a tensor that broadcasts against them."""
-    if moments.count is not None:
-        return moments.count
+    if moments.counts is not None:
+        return moments.counts
     return ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, x.shape[axis], axis)
 
 

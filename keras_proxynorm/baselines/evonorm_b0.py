@@ -105,7 +105,7 @@ class EvoNormB0(MovingStatisticsLayer):
         if self.v is not None:
             of_sample = of_channels.variance
             if self.unbiased:
-                count = group_size(x, x.shape[axis], axis) if of_channels.count is None else of_channels.count
+                count = group_size(x, x.shape[axis], axis) if of_channels.counts is None else of_channels.counts
                 of_sample = as_unbiased(of_sample, count)
             stddev, sample_stddev = (broadcast(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)

@@ -107,7 +107,7 @@ class EvoNormS0(NormalizationLayer):
             variance = moments.variance
             if self.unbiased:
                 variance = as_unbiased(
-                    variance, group_size(x, groups, axis) if moments.count is None else moments.count
+                    variance, group_size(x, groups, axis) if moments.counts is None else moments.counts
                 )
             scale = ops.rsqrt(variance + self.epsilon)
             x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * broadcast(scale, x, axis)
