@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from keras_proxynorm.arguments import argument_error
+from keras_proxynorm.arguments import argument_error, as_boolean
 
 __all__ = ["check_free", "local_path", "replacing"]
 
@@ -24,8 +24,8 @@ def local_path(name: str, value: Any) -> Path:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises a FileExistsError if `path` exists and must not be overwritten."""
-    if path.exists() and not overwrite:
+    """Raises a FileExistsError if `path` exists and must not be overwritten, a ValueError if that is not said."""
+    if not as_boolean("overwrite", overwrite) and path.exists():
         raise FileExistsError(f"{str(path)!r} exists already; pass `overwrite=True` to replace it.")
 
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 import keras_proxynorm
+from keras_proxynorm.arguments import as_boolean
 from keras_proxynorm.export.atomic import check_free, local_path, replacing
 from keras_proxynorm.export.inference_model import folded_copy, inference_model, unfolded_model
 from keras_proxynorm.export.onnx_conversion import check_opset, convert
@@ -105,6 +106,11 @@ def export_onnx(
     target = local_path("path", path)
     if target.is_dir():
         raise ValueError(f"Argument `path` must be a file, not a directory. Received: path={str(target)!r}")
+    as_boolean("fold", fold)
+    as_boolean("dynamic_batch", dynamic_batch)
+    as_boolean("float16_weights", float16_weights)
+    if not callable(verify):
+        as_boolean("verify", verify)
     check_free(target, overwrite)
     opset = check_opset(opset)
     if dynamic_batch:

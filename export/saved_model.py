@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_proxynorm.arguments import as_positive_integer_or_none
+from keras_proxynorm.arguments import as_boolean, as_positive_integer_or_none
 from keras_proxynorm.compat import convert_variables_to_constants
 from keras_proxynorm.export.atomic import check_free, local_path, replacing
 from keras_proxynorm.export.inference_model import inference_model, unfolded_model
@@ -98,6 +98,11 @@ def export_saved_model(
     version = as_positive_integer_or_none("version", version)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Argument `directory` must not be a file. Received: directory={str(folder)!r}")
+    as_boolean("fold", fold)
+    as_boolean("warmup", warmup)
+    as_boolean("xla_signature", xla_signature)
+    if not callable(verify):
+        as_boolean("verify", verify)
     target = folder / str(_next_version(folder) if version is None else version)
     check_free(target, overwrite)
     # Checks the arguments, before anything that takes time.

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 import keras_proxynorm.export
+from keras_proxynorm.export import export_onnx, export_saved_model
 
 
 def test_names():
@@ -20,3 +23,12 @@ def test_converters_load_when_they_are_used():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_saved_model])
+@pytest.mark.parametrize("name", ["fold", "verify", "overwrite"])
+def test_switches_are_booleans(export, name, tmp_path):
+    target = tmp_path / "target"
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}='no'"):
+        export(None, target, **{name: "no"})
+    assert not target.exists()
