@@ -56,9 +56,8 @@ class EvoNormB0(MovingStatisticsLayer):
 
     Reference:
 
-    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, as in the `EvoNorm2dB0` of
-      [timm](https://github.com/huggingface/pytorch-image-models), whose moving variance is unbiased
-    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), with ``unbiased=True``
+    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, and timm's EvoNorm2dB0
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose variances of samples are unbiased
     """
 
     moves_mean = False

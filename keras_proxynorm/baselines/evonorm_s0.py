@@ -53,9 +53,8 @@ class EvoNormS0(NormalizationLayer):
 
     Reference:
 
-    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, as in the `EvoNorm2dS0` of
-      [timm](https://github.com/huggingface/pytorch-image-models)
-    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), with ``unbiased=True``
+    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, and timm's EvoNorm2dS0
+    - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose variances of samples are unbiased
     """
 
     effect_on_single_values = "their variance is 0, so that only `epsilon` divides them. Use fewer groups."
