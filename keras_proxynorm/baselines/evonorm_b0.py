@@ -26,6 +26,9 @@ class EvoNormB0(MovingStatisticsLayer):
     with the variance ``var_c`` of a channel over the batch, in training, or its moving average, at inference; and the
     variance ``var_nc`` of a channel in a sample, always.
 
+    In training that is what EvoNorm2dB0 of timm computes. There the moving variance is unbiased, so that inference differs
+    slightly, and epsilon is 1e-3 by default.
+
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
         momentum: Float, the share of the moving average that stays in each step. Defaults to 0.9.
@@ -56,7 +59,7 @@ class EvoNormB0(MovingStatisticsLayer):
 
     Reference:
 
-    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is, and timm's EvoNorm2dB0
+    - [Liu et al., 2020](https://arxiv.org/abs/2004.02967), whose formula this is
     - [Lubana et al., 2021](https://arxiv.org/abs/2106.05956), whose variances of samples are unbiased
     """
 
