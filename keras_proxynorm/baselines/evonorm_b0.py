@@ -26,8 +26,8 @@ class EvoNormB0(MovingStatisticsLayer):
     with the variance ``var_c`` of a channel over the batch, in training, or its moving average, at inference; and the
     variance ``var_nc`` of a channel in a sample, always.
 
-    In training that is what EvoNorm2dB0 of timm computes. There the moving variance is unbiased, so that inference differs
-    slightly, and epsilon is 1e-3 by default.
+    In training that is what EvoNorm2dB0 of timm computes. There the moving variance is unbiased, so that inference
+    differs slightly, and epsilon is 1e-3 by default.
 
     Args:
         axis: Integer, the channel axis, not 0. Use 1 for ``channels_first`` data. Defaults to -1.
