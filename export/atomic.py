@@ -24,7 +24,7 @@ def local_path(name: str, value: Any) -> Path:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises a FileExistsError if `path` exists and must not be overwritten, a ValueError if that is not said."""
+    """Raises a FileExistsError if `path` exists and must not be overwritten."""
     if not as_boolean("overwrite", overwrite) and path.exists():
         raise FileExistsError(f"{str(path)!r} exists already; pass `overwrite=True` to replace it.")
 

@@ -12,11 +12,10 @@ from keras import ops
 from keras_proxynorm import kernels
 from keras_proxynorm.kernels import channels
 from keras_proxynorm.kernels.compilation import rounded
-from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.statistics import expand_mask, group_moments, group_size
+from keras_proxynorm.kernels.statistics import group_moments, group_size, unmasked_counts
 from keras_proxynorm.moments import Tensor
 
-__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "unbiased"]
+__all__ = ["Moments", "batch_count", "channel_moments", "merge", "mix", "normalize", "sample_count", "unbiased"]
 
 
 class Moments(NamedTuple):
@@ -69,8 +68,7 @@ def channel_moments(x: Tensor, axis: int, mask: Tensor | None = None) -> Moments
     size = x.shape[axis]
     tensors: tuple[Tensor, ...] = group_moments(x, size, axis, mask)
     if mask is not None:
-        counted = ops.cast(expand_mask(mask, x, axis), x.dtype) * ops.ones_like(x)
-        tensors = (*tensors, position_sums(counted, axis))
+        tensors = (*tensors, unmasked_counts(mask, x, axis))
     return Moments(*(ops.reshape(tensor, (-1, size)) for tensor in tensors))
 
 
@@ -124,6 +122,11 @@ def batch_count(x: Tensor, axis: int, moments: Moments) -> Tensor:
     if moments.counts is not None:
         return moments.counts
     return ops.cast(ops.shape(x)[0], x.dtype) * group_size(x, x.shape[axis], axis)
+
+
+def sample_count(x: Tensor, groups: int, axis: int, moments: Moments) -> Tensor | int:
+    """How many values of a sample the moments of each group are of, as a number that broadcasts against them."""
+    return group_size(x, groups, axis) if moments.counts is None else moments.counts
 
 
 def unbiased(variance: Tensor, count: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ class ConvolutionalNormalization(KernelNormalization):
         if self._is_pointwise:
             outputs = self._linear(inputs, kernel * inverse_gain, dtype)
         else:
-            outputs = self._crop(self._filtered(inputs, kernel, inverse_gain, dtype), shape)
+            outputs = self._crop(self._filtered(inputs, kernel, inverse_gain, sizes, dtype), shape)
         if self.depthwise_kernel is not None:
             outputs = ops.depthwise_conv(
                 outputs,
@@ -242,7 +242,7 @@ class ConvolutionalNormalization(KernelNormalization):
         progress = ops.minimum(ops.cast(self.iterations, "float32") / _FADING_STEPS, 1.0)
         return ops.maximum(0.5 * (ops.cos(math.pi * progress) + 1.0), _LEAST_SHARE)
 
-    def _filtered(self, inputs, kernel, inverse_gain, dtype):
+    def _filtered(self, inputs, kernel, inverse_gain, sizes, dtype):
         """The convolution with all positions that the kernel touches, each frequency divided by the gain."""
         padding = [(0, 0)] * len(inputs.shape)
         for axis, k in zip(self._positions, self.layer.kernel_size, strict=True):
@@ -254,12 +254,9 @@ class ConvolutionalNormalization(KernelNormalization):
             data_format=self.layer.data_format,
         )
         if outputs.shape[0] == 0:
-            # TensorFlow makes of an empty batch one of the sizes of the input.
-            sizes = {
-                axis: inputs.shape[axis] + k - 1
-                for axis, k in zip(self._positions, self.layer.kernel_size, strict=True)
-            }
-            outputs = outputs[tuple(slice(sizes.get(axis)) for axis in range(len(outputs.shape)))]
+            # TensorFlow gives the outputs of an empty batch the sizes of the padded inputs.
+            ends = dict(zip(self._positions, sizes, strict=True))
+            outputs = outputs[tuple(slice(ends.get(axis)) for axis in range(len(outputs.shape)))]
         if self.axis == 1:
             inverse_gain = ops.moveaxis(inverse_gain, -1, 0)
         return filter_frequencies(ops.cast(outputs, dtype), inverse_gain, self._positions)

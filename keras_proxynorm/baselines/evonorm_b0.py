@@ -7,11 +7,10 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean
-from keras_proxynorm.baselines.batch_statistics import batch_count, channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import batch_count, channel_moments, merge, sample_count
 from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.baselines.moving_statistics import MovingStatisticsLayer
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.kernels.statistics import group_size
 from keras_proxynorm.layers.base import InitializerLike, Shape
 
 __all__ = ["EvoNormB0"]
@@ -107,8 +106,7 @@ class EvoNormB0(MovingStatisticsLayer):
         if self.v is not None:
             of_sample = of_channels.variance
             if self.unbiased:
-                count = group_size(x, x.shape[axis], axis) if of_channels.counts is None else of_channels.counts
-                of_sample = as_unbiased(of_sample, count)
+                of_sample = as_unbiased(of_sample, sample_count(x, x.shape[axis], axis, of_channels))
             stddev, sample_stddev = (broadcast(ops.sqrt(v + self.epsilon), x, axis) for v in (variance, of_sample))
             v = broadcast(ops.cast(self.v, x.dtype), x, axis)
             x = x / ops.maximum(stddev, v * x + sample_stddev)

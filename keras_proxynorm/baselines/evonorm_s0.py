@@ -7,10 +7,10 @@ from keras import ops
 
 from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean, as_epsilon, as_groups, check_divides_channels
-from keras_proxynorm.baselines.batch_statistics import channel_moments, merge
+from keras_proxynorm.baselines.batch_statistics import channel_moments, merge, sample_count
 from keras_proxynorm.baselines.batch_statistics import unbiased as as_unbiased
 from keras_proxynorm.kernels.channels import broadcast
-from keras_proxynorm.kernels.statistics import expand_mask, group_size
+from keras_proxynorm.kernels.statistics import hide_masked
 from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
@@ -96,18 +96,14 @@ class EvoNormS0(NormalizationLayer):
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
-        if mask is not None:
-            # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
-            x = ops.where(expand_mask(mask, x, axis), x, 0)
+        x = hide_masked(x, mask, axis)
         gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
         if self.v is not None:
             groups = self._number_of_groups(x.shape)
             moments = merge(channel_moments(x, axis, mask), groups, samples=1)
             variance = moments.variance
             if self.unbiased:
-                variance = as_unbiased(
-                    variance, group_size(x, groups, axis) if moments.counts is None else moments.counts
-                )
+                variance = as_unbiased(variance, sample_count(x, groups, axis, moments))
             scale = ops.rsqrt(variance + self.epsilon)
             x = x * ops.sigmoid(broadcast(ops.cast(self.v, x.dtype), x, axis) * x) * broadcast(scale, x, axis)
         return ops.cast(kernels.affine(x, gamma, beta), self.compute_dtype)

@@ -9,7 +9,7 @@ from keras_proxynorm import kernels
 from keras_proxynorm.arguments import as_boolean, as_epsilon
 from keras_proxynorm.kernels.channels import broadcast
 from keras_proxynorm.kernels.reductions import position_sums
-from keras_proxynorm.kernels.statistics import expand_mask, group_size
+from keras_proxynorm.kernels.statistics import group_size, hide_masked, unmasked_counts
 from keras_proxynorm.layers.base import InitializerLike, NormalizationLayer, Shape, values_per_group
 from keras_proxynorm.moments import Tensor
 
@@ -95,12 +95,8 @@ class FilterResponseNormalization(NormalizationLayer):
         x = self._for_statistics(inputs)
         axis = self._channel_axis(x.shape)
         gamma, beta = (broadcast(weight, x, axis) for weight in self._affine(x.dtype))
-        count = group_size(x, x.shape[axis], axis)
-        if mask is not None:
-            mask = expand_mask(mask, x, axis)
-            # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
-            x = ops.where(mask, x, 0)
-            count = ops.maximum(position_sums(ops.cast(mask, x.dtype) * ops.ones_like(x), axis), 1)
+        x = hide_masked(x, mask, axis)
+        count = group_size(x, x.shape[axis], axis) if mask is None else ops.maximum(unmasked_counts(mask, x, axis), 1)
         power = position_sums(ops.square(x), axis) / count
         scale = ops.rsqrt(power + ops.abs(ops.cast(self.learned_epsilon, x.dtype)))
         outputs = kernels.affine(x, kernels.affine(scale, gamma, None), beta)

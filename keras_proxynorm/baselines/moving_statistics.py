@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_proxynorm.arguments import as_epsilon, as_fraction
-from keras_proxynorm.kernels.statistics import expand_mask
+from keras_proxynorm.kernels.statistics import hide_masked
 from keras_proxynorm.layers.base import NormalizationLayer, Shape
 from keras_proxynorm.moments import Tensor
 
@@ -45,9 +45,7 @@ class MovingStatisticsLayer(NormalizationLayer):
         x = self._for_statistics(inputs)
         affine = self._affine(x.dtype)
         if training and self.trainable:
-            if mask is not None:
-                # Whatever is there must not reach the gradients, where infinity times 0 would be NaN.
-                x = ops.where(expand_mask(mask, x, self._channel_axis(x.shape)), x, 0)
+            x = hide_masked(x, mask, self._channel_axis(x.shape))
             outputs = self._normalize_batch(x, *affine, mask)
         else:
             outputs = self._normalize_moving(x, *affine, mask)
@@ -105,7 +103,7 @@ def share_of_batch(momentum: float, count: Tensor) -> Tensor:
 
 
 def move(weight: keras.Variable, value: Tensor, momentum: float, count: Tensor) -> None:
-    """Moves a moving average towards the value of a batch of `count` values; values are rows of a row each."""
+    """Moves a moving average towards a statistic of a batch of `count` values; not at all if there are none."""
     # float32 also where variables are half precision: small steps would be rounded away.
     old = ops.cast(weight, value.dtype)
     weight.assign(old + ops.reshape(share_of_batch(momentum, count), (-1,)) * (value - old))

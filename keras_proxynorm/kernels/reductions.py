@@ -131,19 +131,22 @@ def position_sums(x: Tensor, axis: int) -> Tensor:
 def axis_sums(x: Tensor, axis: int) -> Tensor:
     """Sums along one axis of any length, with size 1 there: first of pieces, because long sums lose digits."""
     size = x.shape[axis]
-    factors = (-1, _OPEN_PIECE) if size is None else _factors(size, _longest_sum())
-    if factors is None:
-        start, rest = _start_and_rest(x, axis)
-        return axis_sums(start, axis) + axis_sums(rest, axis)
+    factors = None if size is None else _factors(size, _longest_sum())
+    if factors is not None:
+        return _sums_by_factors(x, axis, factors)
+    start, rest = _start_and_rest(x, axis)
     if size is None:
-        x, rest = _start_and_rest(x, axis)
+        return _sums_by_factors(start, axis, (-1, _OPEN_PIECE)) + ops.sum(rest, axis=axis, keepdims=True)
+    return axis_sums(start, axis) + axis_sums(rest, axis)
+
+
+def _sums_by_factors(x, axis, factors):
     if len(factors) > 1:
         sizes = ops.shape(x)
         x = ops.reshape(x, (*sizes[:axis], *factors, *sizes[axis + 1 :]))
         for i in range(axis + len(factors) - 1, axis, -1):
             x = barrier(ops.sum(x, axis=i))
-    x = barrier(ops.sum(x, axis=axis, keepdims=True))
-    return x + ops.sum(rest, axis=axis, keepdims=True) if size is None else x
+    return barrier(ops.sum(x, axis=axis, keepdims=True))
 
 
 def _longest_sum():

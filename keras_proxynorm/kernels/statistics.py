@@ -14,7 +14,15 @@ from keras_proxynorm.kernels.compilation import barrier, rounded
 from keras_proxynorm.kernels.reductions import axis_sums, position_sums
 from keras_proxynorm.moments import Tensor
 
-__all__ = ["expand_mask", "group_moments", "group_pivot", "group_size", "moments_about_pivot"]
+__all__ = [
+    "expand_mask",
+    "group_moments",
+    "group_pivot",
+    "group_size",
+    "hide_masked",
+    "moments_about_pivot",
+    "unmasked_counts",
+]
 
 _PIVOT_DIVISOR = 16
 
@@ -101,6 +109,16 @@ def _sizes(x):
         return list(x.shape[1:])
     # Those that are known are integers in it.
     return list(ops.shape(x)[1:])
+
+
+def unmasked_counts(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """How many positions of each sample and channel of `x` a mask leaves, of size 1 at the positions."""
+    return position_sums(ops.cast(expand_mask(mask, x, axis), x.dtype) * ops.ones_like(x), axis)
+
+
+def hide_masked(x: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """`x` with 0 where a mask is False: whatever is there must not reach gradients, where infinity times 0 is NaN."""
+    return x if mask is None else ops.where(expand_mask(mask, x, axis), x, 0)
 
 
 def expand_mask(mask: Tensor, x: Tensor, axis: int) -> Tensor:

@@ -53,8 +53,10 @@ class WithActivation:
 
     @property
     def _elementwise(self) -> ElementwiseActivation:
-        # Activation layers of Keras may get other attributes. Others are evaluated as they are, and looked at once.
-        return resolve_activation(self._activation) if self._resolved.is_standard else self._resolved
+        # The attributes of an activation layer of Keras may change. All else is looked at once: functions of libraries
+        # stay as they are, and others are evaluated as they are.
+        is_layer = isinstance(self._activation, keras.layers.Layer)
+        return resolve_activation(self._activation) if is_layer and self._resolved.is_standard else self._resolved
 
     def _set_activation(self, activation):
         resolved = resolve_activation(activation)

@@ -320,6 +320,7 @@ def _imported(path):
     return functools.reduce(lambda module, name: getattr(module, name, None), names, sys.modules.get(library))
 
 
+@functools.cache
 def _shape_in_keras(function):
     """The shape of the elementwise function of Keras that a function of a library equals, or None."""
     values = _evaluate(function, _PROBE)

@@ -47,7 +47,7 @@ class SharpnessAwareMinimization(keras.Model):
     Args:
         model: The `keras.Model` to train.
         rho: The radius of the perturbation. It can be set at any time, for example by a callback, and takes effect at
-            the next step, without a new trace. With 0, steps are those of the optimizer.
+            the next step, without a new trace. With 0, steps are those of the optimizer, for the price of two.
         adaptive: None for SAM, ``T = 1``. For ASAM, ``"elementwise"``, ``T = |w| + eta``, or ``"layerwise"``,
             ``T = (1 + eta) * |w|`` with the Euclidean norm of each variable. Variables whose names end with ``bias`` or
             ``beta`` keep ``T = 1``.
